@@ -1,0 +1,1 @@
+"""Load tests: open-loop Locust suites, budgets, and the gate that decides."""

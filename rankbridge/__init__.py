@@ -1,0 +1,1 @@
+"""The operator's desk: command line, supervisor, rehearsal, preflight."""

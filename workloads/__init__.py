@@ -1,0 +1,1 @@
+"""What runs at the two sites: data, models, bundles and the services that serve them."""

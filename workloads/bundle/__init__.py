@@ -1,0 +1,1 @@
+"""The immutable directory that carries everything a site serves from. Knows no model and no server."""

@@ -1,0 +1,88 @@
+"""The behaviour event as it crosses every border, from a client's log to a metric.
+
+The record checks itself: an `Event` that exists is a valid one. The columnar form of the same
+record is `workloads.data.events`; it takes its fields and rules from here.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from typing import Annotated
+
+import msgspec
+
+SCHEMA_VERSION = 1
+
+ID_PATTERN = r"^[^\x00-\x1f\x7f\ud800-\udfff]{1,128}$"
+"""User, item and session ids: 1 to 128 characters, no control characters."""
+
+UUID7_PATTERN = r"^[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$"
+"""RFC 9562 section 5.7, lower case with hyphens."""
+
+QUERY_MAX = 256
+EVENTS_PER_BATCH = 1000
+TIMESTAMP_MIN_MS = 946_684_800_000  # 2000-01-01: older is a clock fault, not history
+TIMESTAMP_MAX_MS = 4_102_444_800_000  # 2100-01-01
+
+Id = Annotated[str, msgspec.Meta(pattern=ID_PATTERN, min_length=1, max_length=128)]
+
+
+class EventType(enum.StrEnum):
+    """What a person did; in order of rising commitment but for `rating` and `search`."""
+
+    IMPRESSION = "impression"
+    CLICK = "click"
+    VIEW = "view"
+    CART = "cart"
+    PURCHASE = "purchase"
+    RATING = "rating"
+    SEARCH = "search"
+
+
+POSITIVE_TYPES: frozenset[EventType] = frozenset(
+    {EventType.CLICK, EventType.VIEW, EventType.CART, EventType.PURCHASE, EventType.RATING}
+)
+"""Types that say a person was drawn to an item; a profile's history is made of these."""
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One thing one person did at one moment.
+
+    `event_id` is made by the client, so that a retried send is the same event. Raises ValueError
+    with the field's name where fields that need each other do not agree.
+    """
+
+    event_id: Annotated[str, msgspec.Meta(pattern=UUID7_PATTERN)]
+    type: EventType
+    timestamp_ms: Annotated[int, msgspec.Meta(ge=TIMESTAMP_MIN_MS, le=TIMESTAMP_MAX_MS)]
+    user: Id | None = None
+    item: Id | None = None
+    session: Id | None = None
+    query: Annotated[str, msgspec.Meta(min_length=1, max_length=QUERY_MAX)] | None = None
+    position: Annotated[int, msgspec.Meta(ge=0, le=10_000)] | None = None
+    """0-based place in the list that was shown."""
+    quantity: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] | None = None
+    price: Annotated[float, msgspec.Meta(ge=0, le=1e9)] | None = None
+    rating: Annotated[float, msgspec.Meta(ge=0, le=5)] | None = None
+    context: dict[str, str] = {}
+    schema_version: Annotated[int, msgspec.Meta(ge=1, le=SCHEMA_VERSION)] = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        """Rules that hold between fields."""
+        if self.type is EventType.SEARCH:
+            if self.query is None:
+                raise ValueError("query: a search event carries the query that was typed")
+        elif self.item is None:
+            raise ValueError(f"item: a {self.type.value} event names its item")
+        if self.type is EventType.RATING and self.rating is None:
+            raise ValueError("rating: a rating event carries its value, 0 to 5")
+        for name in ("price", "rating"):
+            value = getattr(self, name)
+            if value is not None and value != value:  # noqa: PLR0124 - NaN is the one value unequal to itself
+                raise ValueError(f"{name}: must be a number, not NaN")
+
+
+def is_uuid7(text: str) -> bool:
+    """Whether `text` is a lower-case hyphenated UUID version 7 (RFC 9562)."""
+    return re.fullmatch(UUID7_PATTERN, text) is not None

@@ -1,0 +1,172 @@
+"""Messages of the public API and of the calls between gateway, retrieval and intake.
+
+Every message checks itself when it is decoded: msgspec refuses wrong types, unknown fields and
+numbers out of range with the path of the field, which the gateway turns into problem+json
+(RFC 9457). Public messages travel as JSON, internal ones as MessagePack.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from workloads.contract.events import QUERY_MAX, Event, Id
+
+DEADLINE_HEADER = "Rankbridge-Deadline-Ms"
+REQUEST_ID_HEADER = "Rankbridge-Request-Id"
+
+PATH_SAMPLE = "/v1/catalogue/sample"
+PATH_HEALTH = "/healthz"
+PATH_READY = "/readyz"
+PATH_METRICS = "/metrics"
+PATH_DOCS = "/docs"
+
+PATH_CANDIDATES = "/internal/candidates"
+PATH_INTAKE = "/internal/events"
+
+K_MAX = 100
+HISTORY_MAX = 50
+BODY_MAX_BYTES = 256 * 1024
+PSEUDONYM_PATTERN = r"^p[0-9]{1,3}-[0-9a-f]{32}$"
+"""`p<key epoch>-<128 bits of HMAC-SHA256>`: the only form of a user that may leave home."""
+
+K = Annotated[int, msgspec.Meta(ge=1, le=K_MAX)]
+Query = Annotated[str, msgspec.Meta(min_length=1, max_length=QUERY_MAX, pattern=r"\S")]
+History = Annotated[list[Id], msgspec.Meta(max_length=HISTORY_MAX)]
+
+
+class RecommendRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/recommend`."""
+
+    user: Id | None = None
+    history: History = []
+    """Items of this session, oldest first; added to what the profile knows."""
+    k: K = 10
+    repeats: bool = False
+    """Whether items that the user already bought may be answered."""
+    use_model: bool = True
+    """False asks for the traditional recommender (rung 4)."""
+
+
+class SearchRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/search`: lexical and vector candidates, fused."""
+
+    query: Query
+    user: Id | None = None
+    k: K = 10
+
+
+class SimilarRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/similar`: items like one item. An unknown item gets popular ones."""
+
+    item: Id
+    k: K = 10
+
+
+class EventsRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/events`: one to a thousand events, acknowledged when all are on disk."""
+
+    events: Annotated[list[Event], msgspec.Meta(min_length=1, max_length=1000)]
+
+
+class RankedItem(msgspec.Struct, frozen=True, kw_only=True):
+    """One item of an answer; `score` orders items within an answer and means nothing across rungs."""
+
+    item: str
+    score: float
+    source: str
+    """Which candidate source proposed it: ann, item_to_item, history, lexical, vector, popular."""
+
+
+class Served(msgspec.Struct, frozen=True, kw_only=True):
+    """Where, how well and from what an answer was made."""
+
+    rung: int
+    site: str
+    bundle: str
+    """First 12 hex digits of the bundle's id."""
+    delta: int = 0
+    """Signed deltas applied on top of the bundle."""
+    stages_ms: dict[str, float]
+    reason: str | None = None
+    """Why the answer is below the best configured rung; None when it is not."""
+
+
+class ItemsAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer of recommend, search and similar."""
+
+    request_id: str
+    items: list[RankedItem]
+    served: Served
+
+
+class EventsAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """Every event of the request is on disk at home; `duplicates` were there before."""
+
+    accepted: int
+    duplicates: int
+
+
+class CatalogueSample(msgspec.Struct, frozen=True, kw_only=True):
+    """`GET /v1/catalogue/sample`: what a load user draws from, weighted by the catalogue's own popularity.
+
+    `users` is empty in a cloud site: ids of people do not leave home.
+    """
+
+    items: list[str]
+    item_weights: list[float]
+    queries: list[str]
+    users: list[str]
+    best_rung: dict[str, int]
+    """Best configured rung per endpoint path."""
+
+
+class Problem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """RFC 9457 problem details."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    field: str | None = None
+    """Path of the field at fault, `$.k`."""
+    rule: str | None = None
+    """What the field must satisfy."""
+    remedy: str | None = None
+
+
+class CandidatesQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Gateway to retrieval. Items are indices of the named bundle; 0 is unknown.
+
+    `history` is oldest first; `history_strength` goes with it (see `tensors.STRENGTH`), and
+    `history_age_hours` is the time since each, at the request.
+    """
+
+    bundle: str
+    kind: Literal["recommend", "search", "similar"]
+    history: list[int]
+    history_strength: list[float]
+    history_age_hours: list[float]
+    context: list[float]
+    """`tensors.CONTEXT` in order."""
+    query: str | None = None
+    count: Annotated[int, msgspec.Meta(ge=1, le=2000)]
+    exclude: list[int] = []
+
+
+class CandidatesAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """Retrieval to gateway: `count` or fewer candidates, best first by the fused retrieval score."""
+
+    bundle: str
+    items: list[int]
+    scores: list[float]
+    """Fused score, the order of rung 3."""
+    ann: list[float]
+    """Dot product of the user (or query) vector with each candidate's item vector."""
+    source: list[int]
+    """Index into `SOURCES` of the source that ranked the candidate highest."""
+
+
+SOURCES: tuple[str, ...] = ("ann", "item_to_item", "history", "lexical", "vector", "popular")
+

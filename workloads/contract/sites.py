@@ -1,0 +1,128 @@
+"""The two sites, the roles that run at each, and the address of every role.
+
+Sites differ by loopback address and never by port, so that the same configuration serves the form
+with network namespaces. It does not know which processes really run; `rankbridge.supervisor` does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from types import MappingProxyType
+
+
+class SiteName(enum.StrEnum):
+    """A place with its own copy of every serving role."""
+
+    ONPREM = "onprem"
+    AWS = "aws"
+
+
+class SiteKind(enum.StrEnum):
+    """Home holds behaviour data and the pseudonym key; a cloud site never sees either."""
+
+    HOME = "home"
+    CLOUD = "cloud"
+
+
+class SiteClass(enum.StrEnum):
+    """What Triton may use there: KIND_GPU fails on a node without one."""
+
+    CPU = "cpu"
+    GPU = "gpu"
+
+
+class Listener(enum.StrEnum):
+    """A listening socket of a role; the value is the name used in `--port NAME=NUMBER`."""
+
+    GATEWAY = "gateway"
+    RETRIEVAL = "retrieval"
+    INTAKE = "intake"
+    AGENT = "agent"
+    TRITON_HTTP = "triton-http"
+    TRITON_GRPC = "triton-grpc"
+    TRITON_METRICS = "triton-metrics"
+
+
+PORTS: Mapping[Listener, int] = MappingProxyType(
+    {
+        Listener.GATEWAY: 8080,
+        Listener.RETRIEVAL: 8081,
+        Listener.INTAKE: 8082,
+        Listener.AGENT: 8083,
+        Listener.TRITON_HTTP: 8000,
+        Listener.TRITON_GRPC: 8001,
+        Listener.TRITON_METRICS: 8002,
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One site as the rehearsal lays it out on loopback."""
+
+    name: SiteName
+    kind: SiteKind
+    address: str
+    listeners: tuple[Listener, ...]
+
+    @property
+    def is_home(self) -> bool:
+        """Whether behaviour data and the pseudonym key live here."""
+        return self.kind is SiteKind.HOME
+
+
+_SERVING = (
+    Listener.GATEWAY,
+    Listener.RETRIEVAL,
+    Listener.AGENT,
+    Listener.TRITON_HTTP,
+    Listener.TRITON_GRPC,
+    Listener.TRITON_METRICS,
+)
+
+ONPREM = Site(SiteName.ONPREM, SiteKind.HOME, "127.0.10.1", (*_SERVING, Listener.INTAKE))
+AWS = Site(SiteName.AWS, SiteKind.CLOUD, "127.0.20.1", _SERVING)
+
+SITES: Mapping[SiteName, Site] = MappingProxyType({s.name: s for s in (ONPREM, AWS)})
+HOME: Site = ONPREM
+
+
+@dataclasses.dataclass(frozen=True)
+class AddressBook:
+    """Where every listener is, with the operator's port overrides applied.
+
+    `overrides` maps a listener to a port for all sites. Raises ValueError when a port is out of
+    range, or when two listeners would share one.
+    """
+
+    overrides: Mapping[Listener, int] = MappingProxyType({})
+
+    def __post_init__(self) -> None:
+        """Refuse ports that cannot work, naming every fault at once."""
+        faults = [
+            f"port {name.value}={port}: must be between 1024 and 65535"
+            for name, port in self.overrides.items()
+            if not 1024 <= port <= 65535
+        ]
+        taken: dict[int, Listener] = {}
+        for name in Listener:
+            port = self.port(name)
+            if port in taken:
+                faults.append(f"port {port} is given to both {taken[port].value} and {name.value}")
+            taken.setdefault(port, name)
+        if faults:
+            raise ValueError("; ".join(faults))
+
+    def port(self, listener: Listener) -> int:
+        """The port of a listener, the same at each site."""
+        return self.overrides.get(listener, PORTS[listener])
+
+    def url(self, site: Site, listener: Listener) -> str:
+        """Base URL of a listener at a site, without a trailing slash."""
+        return f"http://{site.address}:{self.port(listener)}"
+
+    def host_port(self, site: Site, listener: Listener) -> str:
+        """`host:port` of a listener at a site."""
+        return f"{site.address}:{self.port(listener)}"

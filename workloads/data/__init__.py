@@ -1,0 +1,1 @@
+"""Behaviour data at home: events, simulator, adapters, splits, features, profiles. Knows no model."""

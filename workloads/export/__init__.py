@@ -1,0 +1,1 @@
+"""The job that turns trained models into a bundle, or refuses to."""

@@ -1,0 +1,1 @@
+"""The service at a site's edge: one request in, one answer out, whatever has failed."""

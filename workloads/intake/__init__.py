@@ -1,0 +1,1 @@
+"""The service at home that acknowledges events once they are on disk."""

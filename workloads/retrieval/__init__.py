@@ -1,0 +1,1 @@
+"""The service that proposes candidates: ANN, item-to-item, lexical, popular."""

@@ -1,0 +1,1 @@
+"""How every process says what it does: JSON lines, progress, metrics. Knows no deployable."""
