@@ -169,4 +169,3 @@ class CandidatesAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 SOURCES: tuple[str, ...] = ("ann", "item_to_item", "history", "lexical", "vector", "popular")
-

@@ -52,10 +52,13 @@ class FaultLine(msgspec.Struct, frozen=True, kw_only=True, tag="fault", tag_fiel
 Line = ProgressLine | NoteLine | ResultLine | FaultLine
 
 
+_decoder: msgspec.json.Decoder[Line] = msgspec.json.Decoder(Line)
+
+
 def parse(line: str | bytes) -> Line | None:
     """The line as its type, or None when it is not one of ours (a library's chatter)."""
     try:
-        return msgspec.json.decode(line, type=Line)
+        return _decoder.decode(line)
     except msgspec.DecodeError:
         return None
 
