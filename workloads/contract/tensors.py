@@ -142,6 +142,8 @@ class FeatureSchema(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     dense_scale: list[float]
     """Standardisation of RANKER_DENSE: (x - mean) / scale, done before the tensor is sent."""
     token_buckets: int = TOKEN_BUCKETS
+    fusion: dict[str, float] = {}
+    """Say of each candidate source in the fused score, chosen on validation; `data.fusion.fuse(weights=...)`."""
     reference_ms: int
     """The moment that ages in the item tables are counted from (end of training data)."""
 

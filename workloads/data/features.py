@@ -1,0 +1,338 @@
+"""The features of one request, the same function offline in training and online in the gateway.
+
+A `UserState` is what is known of a user at one moment, made either from a profile
+(`UserState.of`, online) or from the event log strictly before the moment (`UserState.from_events`,
+training); nothing else reads behaviour. `rank_features` turns state, candidates and item tables into
+the two inputs of the ranker, `user_inputs` a history into those of the user tower.
+
+numpy only. It knows no file, clock or model; moments come in as milliseconds since 1970, UTC.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from workloads.contract.events import EventType
+from workloads.contract.tensors import (
+    CONTEXT,
+    HISTORY_LENGTH,
+    ITEM_TABLES,
+    PAD,
+    RANKER_DENSE,
+    RANKER_SPARSE,
+    STRENGTH,
+    FeatureSchema,
+)
+from workloads.data.fusion import Candidates, item_to_item_dense, touch_weights
+
+Ints = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+
+PROFILE_ITEMS: Final = 300
+"""Distinct items that a profile holds at most; the oldest go first."""
+HOUR_MS: Final = 3_600_000
+DAY_MS: Final = 24 * HOUR_MS
+DAYS_NEVER: Final = 1000.0
+"""`days_since_touch` of an item that the user never touched."""
+
+EVENT_TYPES: tuple[EventType, ...] = tuple(EventType)
+"""Code of an event type in arrays: its place here."""
+_STRENGTH_BY_CODE = np.array([STRENGTH.get(t, 0.0) for t in EVENT_TYPES], dtype=np.float32)
+_PURCHASE = EVENT_TYPES.index(EventType.PURCHASE)
+_SESSION_STRENGTH = STRENGTH[EventType.CLICK]
+
+
+class Touch(Protocol):
+    """All that one user did with one item; `workloads.data.profiles` keeps these."""
+
+    @property
+    def item(self) -> str:
+        """The item's id."""
+
+    @property
+    def type(self) -> EventType:
+        """The strongest thing done."""
+
+    @property
+    def count(self) -> int:
+        """Positive events, 1 or more."""
+
+    @property
+    def bought(self) -> int:
+        """Purchases among them."""
+
+    @property
+    def last_ms(self) -> int:
+        """When last."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ItemTables:
+    """`contract.tensors.ITEM_TABLES` in memory; row 0 is PAD, all zero."""
+
+    vectors: Floats
+    category: Ints
+    price: Floats
+    price_band: Ints
+    popularity: Floats
+    popularity_recent: Floats
+    popularity_category: Floats
+    first_seen_ms: npt.NDArray[np.int64]
+    in_stock: npt.NDArray[np.uint8]
+    neighbours: Ints
+    neighbour_scores: Floats
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> ItemTables:
+        """The tables of a bundle's `item_tables.safetensors` as loaded.
+
+        Raises ValueError that names the table missing, of the wrong type or of another length.
+        """
+        rows = len(arrays["category"]) if "category" in arrays else 0
+        for name, (dtype, shape) in ITEM_TABLES.items():
+            table = arrays.get(name)
+            if table is None:
+                raise ValueError(f"item table {name!r} is missing")
+            if table.dtype != np.dtype(dtype) or table.ndim != len(shape) or len(table) != rows:
+                raise ValueError(
+                    f"item table {name!r} is {table.dtype} {table.shape}, expected {dtype} with {rows} rows of {shape}"
+                )
+        return cls(**{name: arrays[name] for name in ITEM_TABLES})
+
+
+@dataclasses.dataclass(frozen=True)
+class UserState:
+    """What is known of one user at one moment: distinct items touched, oldest first, all arrays [n]."""
+
+    items: Ints
+    """Item indices; never PAD, never twice."""
+    strength: Floats
+    """`touch_strength`: what the towers and item-to-item read."""
+    age_hours: Floats
+    """Since the last touch."""
+    count: Floats
+    """Positive events with the item."""
+    bought: Floats
+    """Purchases of it."""
+    context: Floats
+    """`contract.tensors.CONTEXT` of the moment, [4]."""
+    now_ms: int
+
+    @classmethod
+    def of(
+        cls,
+        touches: Iterable[Touch],
+        session_history: Sequence[str],
+        now_ms: int,
+        index: Mapping[str, int],
+    ) -> UserState:
+        """The state from a profile's touches and the items of this session, oldest first.
+
+        `index` maps item ids to indices of the bundle; ids it does not know are left out. A session
+        item counts as one more click, just now.
+        """
+        known = {index[t.item]: t for t in touches if t.item in index}
+        clicks: dict[int, int] = {}
+        for item in session_history:
+            at = index.get(item)
+            if at is not None:
+                clicks[at] = clicks.pop(at, 0) + 1  # popped and put back: the last click decides the order
+        rows = [
+            (at, STRENGTH.get(t.type, _SESSION_STRENGTH), t.count, t.bought, t.last_ms)
+            for at, t in known.items()
+            if at not in clicks
+        ]
+        rows.sort(key=lambda row: (row[4], row[0]))
+        for at, times in clicks.items():
+            before = known.get(at)
+            if before is None:
+                rows.append((at, _SESSION_STRENGTH, times, 0, now_ms))
+            else:
+                base = STRENGTH.get(before.type, _SESSION_STRENGTH)
+                rows.append((at, base, before.count + times, before.bought, now_ms))
+        return cls._from_rows(np.array(rows[-PROFILE_ITEMS:], dtype=np.float64).reshape(-1, 5), now_ms)
+
+    @classmethod
+    def from_events(
+        cls,
+        items: npt.NDArray[np.integer[Any]],
+        types: npt.NDArray[np.integer[Any]],
+        times_ms: npt.NDArray[np.int64],
+        now_ms: int,
+    ) -> UserState:
+        """The state from one user's event log, read strictly before `now_ms`.
+
+        All arrays [m], in order of time; `types` are codes of `EVENT_TYPES`. Events at or after the
+        moment, of types that are not positive, and of PAD are not seen.
+        """
+        end = int(np.searchsorted(times_ms, now_ms, side="left"))
+        items, types, times = items[:end], types[:end], times_ms[:end]
+        base = _STRENGTH_BY_CODE[types]
+        seen = (base > 0) & (items != PAD)
+        if not seen.all():
+            items, types, times, base = items[seen], types[seen], times[seen], base[seen]
+        if not len(items):
+            return cls._from_rows(np.empty((0, 5)), now_ms)
+        order = np.argsort(items, kind="stable")
+        items, types, times, base = items[order], types[order], times[order], base[order]
+        first = np.flatnonzero(np.r_[True, items[1:] != items[:-1]])
+        last = np.r_[first[1:], len(items)] - 1
+        rows = np.column_stack(
+            (
+                items[first],
+                np.maximum.reduceat(base, first),
+                last - first + 1,
+                np.add.reduceat((types == _PURCHASE).astype(np.int64), first),
+                times[last],
+            )
+        )
+        rows = rows[np.lexsort((rows[:, 0], rows[:, 4]))]
+        return cls._from_rows(rows[-PROFILE_ITEMS:], now_ms)
+
+    @classmethod
+    def _from_rows(cls, rows: npt.NDArray[np.float64], now_ms: int) -> UserState:
+        """From rows (item, base strength, count, bought, last_ms), oldest first."""
+        count = rows[:, 2].astype(np.float32)
+        return cls(
+            items=rows[:, 0].astype(np.int32),
+            strength=touch_strength(rows[:, 1].astype(np.float32), count),
+            age_hours=np.maximum((now_ms - rows[:, 4]) / HOUR_MS, 0.0).astype(np.float32),
+            count=count,
+            bought=rows[:, 3].astype(np.float32),
+            context=context_of(now_ms),
+            now_ms=now_ms,
+        )
+
+    @property
+    def bought_items(self) -> Ints:
+        """Items bought before: what an answer without repeats leaves out."""
+        return self.items[self.bought > 0]
+
+
+def touch_strength(base: Floats, count: Floats) -> Floats:
+    """Strength of a touch: `contract.tensors.STRENGTH` of its strongest event, growing slowly when repeated."""
+    return (base * (1.0 + np.log(np.maximum(count, 1.0)))).astype(np.float32)
+
+
+def context_of(now_ms: int) -> Floats:
+    """`contract.tensors.CONTEXT` of a moment, [4]: where it lies in the day and in the week, UTC."""
+    day = 2.0 * np.pi * (now_ms % DAY_MS) / DAY_MS
+    week = 2.0 * np.pi * (now_ms % (7 * DAY_MS)) / (7 * DAY_MS)
+    return np.array([np.sin(day), np.cos(day), np.sin(week), np.cos(week)], dtype=np.float32)
+
+
+def user_inputs(
+    history: npt.ArrayLike,
+    strength: npt.ArrayLike,
+    age_hours: npt.ArrayLike,
+    context: npt.ArrayLike,
+) -> dict[str, npt.NDArray[Any]]:
+    """The user tower's inputs for one request, batch axis 1, named as in `contract.tensors.USER_TOWER`.
+
+    `history`, `strength` and `age_hours` [n] are oldest first; the last HISTORY_LENGTH are read.
+    """
+    items = np.asarray(history, dtype=np.int64)[-HISTORY_LENGTH:]
+    start = HISTORY_LENGTH - len(items)
+    inputs: dict[str, npt.NDArray[Any]] = {
+        "history": np.zeros((1, HISTORY_LENGTH), dtype=np.int64),
+        "history_strength": np.zeros((1, HISTORY_LENGTH), dtype=np.float32),
+        "history_age_hours": np.zeros((1, HISTORY_LENGTH), dtype=np.float32),
+        "context": np.asarray(context, dtype=np.float32).reshape(1, len(CONTEXT)),
+    }
+    inputs["history"][0, start:] = items
+    inputs["history_strength"][0, start:] = np.asarray(strength, dtype=np.float32)[-HISTORY_LENGTH:]
+    inputs["history_age_hours"][0, start:] = np.asarray(age_hours, dtype=np.float32)[-HISTORY_LENGTH:]
+    return inputs
+
+
+def rank_features(
+    state: UserState, candidates: Candidates, tables: ItemTables, schema: FeatureSchema
+) -> tuple[npt.NDArray[np.int64], Floats]:
+    """The ranker's inputs for one request: sparse int64 [C, F_s] and dense float32 [C, F_d], standardised.
+
+    Row c is candidate c; columns as `RANKER_SPARSE` and `RANKER_DENSE` say.
+    """
+    sparse, dense = raw_features(state, candidates, tables)
+    dense -= np.asarray(schema.dense_mean, dtype=np.float32)
+    dense /= np.asarray(schema.dense_scale, dtype=np.float32)
+    return sparse, dense
+
+
+def raw_features(state: UserState, candidates: Candidates, tables: ItemTables) -> tuple[npt.NDArray[np.int64], Floats]:
+    """`rank_features` before standardisation: what training fits the schema's mean and scale on."""
+    items = candidates.items
+    category = tables.category[items]
+    length = len(state.items)
+    last = int(state.items[-1]) if length else PAD
+    weight = touch_weights(state.strength, state.age_hours)
+    total = float(weight.sum()) or 1.0
+    history_category = tables.category[state.items]
+    affinity = np.bincount(history_category, weights=weight, minlength=int(tables.category.max(initial=0)) + 1) / total
+
+    sparse = np.empty((len(items), len(RANKER_SPARSE)), dtype=np.int64)
+    for column, values in zip(
+        sparse.T,
+        (items, category, tables.price_band[items], last, tables.category[last], candidates.source),
+        strict=True,
+    ):
+        column[:] = values
+
+    price = np.log1p(tables.price[items])
+    taste = float(weight @ np.log1p(tables.price[state.items])) / total if length else float("nan")
+    touched, at = _places(items, state.items)
+    days = np.full(len(items), DAYS_NEVER, dtype=np.float32)
+    times, bought = np.zeros(len(items), dtype=np.float32), np.zeros(len(items), dtype=np.float32)
+    share = np.zeros(len(items), dtype=np.float32)
+    days[touched] = state.age_hours[at] / 24.0
+    times[touched], bought[touched] = state.count[at], state.bought[at]
+    share[touched] = weight[at] / total
+    to_item = item_to_item_dense(
+        state.items, state.strength, state.age_hours, tables.neighbours, tables.neighbour_scores
+    )[items]
+    age_days = np.maximum(state.now_ms - tables.first_seen_ms[items], 0) / DAY_MS
+
+    dense = np.empty((len(items), len(RANKER_DENSE)), dtype=np.float32)
+    columns: tuple[npt.ArrayLike, ...] = (
+        candidates.ann,
+        candidates.scores,
+        np.log1p(np.arange(len(items))),
+        np.log1p(to_item),
+        tables.popularity[items],
+        tables.popularity_recent[items],
+        tables.popularity_category[items],
+        np.log1p(age_days),
+        price,
+        price - taste if taste == taste else 0.0,  # noqa: PLR0124 - NaN: no history, no taste
+        affinity[category],
+        np.log1p(times),
+        np.log1p(bought),
+        np.log1p(days),
+        share,
+        np.log1p(length),
+        *state.context,
+    )
+    for place, values in enumerate(columns):
+        dense[:, place] = values
+    return sparse, dense
+
+
+def price_bands(price: Floats, edges: Sequence[float]) -> Ints:
+    """Band of each price: 1 for up to `edges[0]`, ..., len(edges) + 1 above the last; 0 where it is 0 (unknown)."""
+    bands = np.searchsorted(np.asarray(edges, dtype=np.float32), price, side="left") + 1
+    return np.where(price > 0, bands, 0).astype(np.int32)
+
+
+def _places(items: Ints, among: Ints) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.intp]]:
+    """Which of `items` are in `among`, and for those their place in it."""
+    if not len(among):
+        return np.zeros(len(items), dtype=np.bool_), np.empty(0, dtype=np.intp)
+    order = np.argsort(among)
+    at = np.minimum(np.searchsorted(among, items, sorter=order), len(among) - 1)
+    place = order[at]
+    found = among[place] == items
+    return found, place[found]
