@@ -91,6 +91,8 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     stages_ms: dict[str, float]
     reason: str | None = None
     """Why the answer is below the best configured rung; None when it is not."""
+    ranked: int | None = None
+    """Candidates that the ranker scored for this answer; None where it scored none (rung 3 and 4)."""
 
 
 class ItemsAnswer(msgspec.Struct, frozen=True, kw_only=True):

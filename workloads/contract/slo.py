@@ -55,3 +55,17 @@ CANDIDATES_RANKED = 200
 
 BELOW_BEST_RUNG_SHARE = 0.01
 """At most this share of answers may come from below the best configured rung."""
+
+QUANTILE_SHARE: Mapping[str, float] = MappingProxyType({"p50": 0.5, "p95": 0.9, "p99": 1.0})
+"""Share of an endpoint's p99 target that each quantile may take: a slow middle is not excused by a good tail."""
+
+TRAFFIC_PER_S: Mapping[Endpoint, float] = MappingProxyType(
+    {Endpoint.RECOMMEND: 40.0, Endpoint.SEARCH: 10.0, Endpoint.EVENTS: 10.0}
+)
+"""The mixed traffic, in requests a second over both sites, under which the targets are promised."""
+
+P99_SAMPLES = 1000
+"""Answers that must stand behind a p99: with fewer, less than ten of them decide it."""
+
+SERVING_PSS_MAX_MB = 3072.0
+"""All serving processes of both sites together, proportional set size in MiB."""
