@@ -14,8 +14,12 @@ import msgspec
 
 SCHEMA_VERSION = 1
 
-ID_PATTERN = r"^[^\x00-\x1f\x7f\ud800-\udfff]{1,128}$"
-"""User, item and session ids: 1 to 128 characters, no control characters."""
+ID_PATTERN = r"^[^\x00-\x1f\x7f\ud800-\udfff]{1,128}$(?!\n)"
+"""User, item and session ids: 1 to 128 characters, no control characters.
+
+`$(?!\\n)` is the end of the text in Python, where `$` alone also matches before a last newline, and in ECMAScript,
+which JSON Schema speaks.
+"""
 
 UUID7_PATTERN = r"^[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$"
 """RFC 9562 section 5.7, lower case with hyphens."""
@@ -53,7 +57,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     with the field's name where fields that need each other do not agree.
     """
 
-    event_id: Annotated[str, msgspec.Meta(pattern=UUID7_PATTERN)]
+    event_id: Annotated[str, msgspec.Meta(pattern=UUID7_PATTERN, max_length=36)]
     type: EventType
     timestamp_ms: Annotated[int, msgspec.Meta(ge=TIMESTAMP_MIN_MS, le=TIMESTAMP_MAX_MS)]
     user: Id | None = None

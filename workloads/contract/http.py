@@ -14,19 +14,25 @@ import msgspec
 from workloads.contract.events import QUERY_MAX, Event, Id
 
 DEADLINE_HEADER = "Rankbridge-Deadline-Ms"
+DEADLINE_MIN_MS, DEADLINE_MAX_MS = 1.0, 60_000.0
 REQUEST_ID_HEADER = "Rankbridge-Request-Id"
+"""1 to 128 of `[A-Za-z0-9._-]`; anything else, or none, and the gateway makes a UUID version 7."""
 
 PATH_SAMPLE = "/v1/catalogue/sample"
 PATH_HEALTH = "/healthz"
 PATH_READY = "/readyz"
 PATH_METRICS = "/metrics"
 PATH_DOCS = "/docs"
+PATH_OPENAPI = "/openapi.json"
 
 PATH_CANDIDATES = "/internal/candidates"
 PATH_INTAKE = "/internal/events"
 
+REASON_ASKED = "asked"
+
 K_MAX = 100
 HISTORY_MAX = 50
+SAMPLE_DEFAULT, SAMPLE_MAX = 1000, 10_000
 BODY_MAX_BYTES = 256 * 1024
 PSEUDONYM_PATTERN = r"^p[0-9]{1,3}-[0-9a-f]{32}$"
 """`p<key epoch>-<128 bits of HMAC-SHA256>`: the only form of a user that may leave home."""
@@ -90,7 +96,8 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     """Signed deltas applied on top of the bundle."""
     stages_ms: dict[str, float]
     reason: str | None = None
-    """Why the answer is below the best configured rung; None when it is not."""
+    """Why the answer is below the best configured rung; None when it is not. `asked` is the client's own wish
+    (`use_model: false`) and no fault."""
     ranked: int | None = None
     """Candidates that the ranker scored for this answer; None where it scored none (rung 3 and 4)."""
 
@@ -111,9 +118,10 @@ class EventsAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CatalogueSample(msgspec.Struct, frozen=True, kw_only=True):
-    """`GET /v1/catalogue/sample`: what a load user draws from, weighted by the catalogue's own popularity.
+    """`GET /v1/catalogue/sample?size=N`: what a load user draws from, weighted by the catalogue's own popularity.
 
-    `users` is empty in a cloud site: ids of people do not leave home.
+    Item i is drawn with probability `item_weights[i]`; they sum to 1. `users` is empty in a cloud site: ids of people
+    do not leave home.
     """
 
     items: list[str]
@@ -122,6 +130,29 @@ class CatalogueSample(msgspec.Struct, frozen=True, kw_only=True):
     users: list[str]
     best_rung: dict[str, int]
     """Best configured rung per endpoint path."""
+
+
+class BackendState(msgspec.Struct, frozen=True, kw_only=True):
+    """What the gateway knows of one neighbour now."""
+
+    up: bool
+    detail: str
+    """One sentence: what was asked and what came back."""
+
+
+class Readiness(msgspec.Struct, frozen=True, kw_only=True):
+    """`GET /readyz` of a gateway: 200 while it can answer at any rung, 503 while it starts or drains.
+
+    A neighbour that is down costs rungs, not readiness.
+    """
+
+    ready: bool
+    site: str
+    bundle: str
+    backends: dict[str, BackendState]
+    """`triton`, `retrieval`, `intake`, and at home `profiles`."""
+    missing: list[str]
+    """Names of the backends that are down."""
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
