@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -56,25 +57,36 @@ def version_text(version: "tuple[int, ...]") -> str:
     return ".".join(str(part) for part in version)
 
 
-def python_faults(version: "tuple[int, ...]", *, has_venv: bool) -> "list[Fault]":
-    """Whether this Python can carry the project; `version` is at least (major, minor)."""
+def python_faults(version: "tuple[int, ...]", *, has_venv: bool, has_libpython: bool) -> "list[Fault]":
+    """Whether this Python can carry the project; `version` is at least (major, minor).
+
+    `has_libpython` is whether its shared library is installed: Triton's Python stub links to it.
+    """
     minor = version_text(version[:2])
     if not PYTHON_MIN <= tuple(version[:2]) <= PYTHON_MAX:
         return [
             Fault(
                 f"python3 is {minor}; rankbridge needs {version_text(PYTHON_MIN)} to {version_text(PYTHON_MAX)}",
-                "install one (Debian, Ubuntu: `apt install python3.12 python3.12-venv`) "
-                "and name it: `make PYTHON=python3.12 ...`",
+                "install one (Debian, Ubuntu: `apt install python3.11 python3.11-venv libpython3.11`) "
+                "and name it: `make PYTHON=python3.11 ...`",
             )
         ]
+    faults = []
     if not has_venv:
-        return [
+        faults.append(
             Fault(
                 "this python3 cannot make virtual environments (its module ensurepip is missing)",
                 f"install it (Debian, Ubuntu: `apt install python{minor}-venv`)",
             )
-        ]
-    return []
+        )
+    if not has_libpython:
+        faults.append(
+            Fault(
+                f"the shared library libpython{minor}.so.1.0 is missing; tritonserver's Python backend links to it",
+                f"install it (Debian, Ubuntu: `apt install libpython{minor}`)",
+            )
+        )
+    return faults
 
 
 def machine_faults(system: str, machine: str, libc: "tuple[str, str]") -> "list[Fault]":
@@ -149,6 +161,23 @@ def has_venv() -> bool:
     return True
 
 
+def has_libpython(version: "tuple[int, ...]") -> bool:
+    """Whether the loader, or this Python's own folder, has libpython of this version.
+
+    The wheel brings the one of its newest stub itself.
+    """
+    if tuple(version[:2]) == PYTHON_MAX:
+        return True
+    name = f"libpython{version_text(version[:2])}.so.1.0"
+    if (Path(sysconfig.get_config_var("LIBDIR") or "/usr/lib") / name).exists():
+        return True
+    for ldconfig in ("/sbin/ldconfig", "/usr/sbin/ldconfig"):
+        if Path(ldconfig).exists():
+            listed = subprocess.run([ldconfig, "-p"], stdout=subprocess.PIPE, check=False)
+            return name.encode() in listed.stdout
+    return False
+
+
 class Environment:
     """One folder that set-up makes: where, and from which files."""
 
@@ -198,8 +227,15 @@ def remove(folder: Path) -> None:
 
 def call(command: "list[str]", what: str, environment: "dict[str, str] | None" = None) -> None:
     """Run one command to its end. Raises Fault when it fails."""
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment)
+    # On a terminal the command draws its own progress; a log gets its lines but for the list of all packages.
+    piped = not sys.stderr.isatty()
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE if piped else None, env=environment
+    )
     try:
+        for line in process.stderr or ():
+            if not line.startswith(b" + "):
+                sys.stderr.write(line.decode(errors="replace"))
         code = process.wait()
     except KeyboardInterrupt:
         # A terminal sent the signal to the child, too; SIGTERM to us alone did not. Let it tidy up.
@@ -329,7 +365,8 @@ class Setup:
 
 def machine_checks(root: Path) -> "list[Fault]":
     """Every reason why set-up cannot work here, all at once."""
-    faults = python_faults(tuple(sys.version_info[:3]), has_venv=has_venv())
+    version = tuple(sys.version_info[:3])
+    faults = python_faults(version, has_venv=has_venv(), has_libpython=has_libpython(version))
     faults += machine_faults(platform.system(), platform.machine(), platform.libc_ver())
     faults += disk_faults(root, uv_cache(), fresh=not (root / ".venv").exists())
     return faults
@@ -338,7 +375,7 @@ def machine_checks(root: Path) -> "list[Fault]":
 def attempt(root: Path) -> "list[Fault]":
     """Check and set up; the faults that kept it from being done."""
     # A Python too old is told first and alone: nothing else here was ever tried on it.
-    faults = python_faults(tuple(sys.version_info[:3]), has_venv=True)
+    faults = python_faults(tuple(sys.version_info[:3]), has_venv=True, has_libpython=True)
     setup = Setup(root)
     if faults or not setup.pending():
         return faults
