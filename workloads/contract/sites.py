@@ -97,7 +97,7 @@ class AddressBook:
     range, or when two listeners would share one.
     """
 
-    overrides: Mapping[Listener, int] = MappingProxyType({})
+    overrides: Mapping[Listener, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse ports that cannot work, naming every fault at once."""
