@@ -115,6 +115,8 @@ class EventsAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
     accepted: int
     duplicates: int
+    rejected: int = 0
+    """Events of a newer or broken sender that intake could not take; each is a dead letter with its reason."""
 
 
 class CatalogueSample(msgspec.Struct, frozen=True, kw_only=True):
