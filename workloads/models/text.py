@@ -7,6 +7,7 @@ is CRC-32: no vocabulary to ship, and the same id on every machine. It loads no 
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 import zlib
@@ -41,13 +42,10 @@ def token_ids(text: str) -> npt.NDArray[np.int64]:
         for at in range(max(len(marked) - GRAM + 1, 1))
         if len(marked) > GRAM
     )
+    tokens = dict.fromkeys(itertools.chain((f"w:{word}" for word in found), (f"g:{gram}" for gram in grams)))
     ids = np.full(TEXT_TOKENS, PAD, dtype=np.int64)
-    place = 0
-    for token in dict.fromkeys((*(f"w:{word}" for word in found), *(f"g:{gram}" for gram in grams))):
-        if place == TEXT_TOKENS:
-            break
+    for place, token in enumerate(itertools.islice(tokens, TEXT_TOKENS)):
         ids[place] = _bucket(token)
-        place += 1
     return ids
 
 
