@@ -31,7 +31,8 @@ _SECRET_ANYWHERE = frozenset(
 )
 _SECRET_LAST = frozenset({"key", "keys", "token", "tokens"})
 """Secret as the last word (`pseudonym_key`), harmless before another (`key_epoch`, `token_buckets`)."""
-_PERSON = frozenset({"user", "users", "person", "customer", "email"})
+_PERSON = frozenset({"user", "person", "customer", "email"})
+_PERSONS = _PERSON | {"users", "persons", "customers", "emails"}
 
 _WORDS = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])")
 _PSEUDONYM = re.compile(PSEUDONYM_PATTERN)
@@ -114,14 +115,16 @@ def _clean(name: str, value: object) -> object:
         return {str(key): _clean(str(key), inner) for key, inner in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [_clean(name, inner) for inner in value]
-    return value if isinstance(value, int | float) else _clean_text(name, value)
+    if isinstance(value, int | float):
+        return REDACTED if _names_one_person(name) else value  # `user=17850` is an id, `users=2000` a count
+    return _clean_text(name, value)
 
 
 def _clean_text(name: str, value: object) -> str:
     if isinstance(value, bytes | bytearray | memoryview):
         return f"[{len(value)} bytes]"
     text = value if isinstance(value, str) else str(value)
-    if _names_person(name) and _PSEUDONYM.match(text) is None:
+    if _names_person(name) and _PSEUDONYM.fullmatch(text) is None:
         return REDACTED
     return _SECRET_TEXT.sub(lambda found: (found["label"] or "") + REDACTED, text)
 
@@ -136,6 +139,10 @@ def _names_secret(name: str) -> bool:
 
 
 def _names_person(name: str) -> bool:
+    return not _PERSONS.isdisjoint(_words(name))
+
+
+def _names_one_person(name: str) -> bool:
     return not _PERSON.isdisjoint(_words(name))
 
 

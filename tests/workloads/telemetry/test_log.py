@@ -123,10 +123,21 @@ def test_bytes_never_pass(stream: io.StringIO):
 
 
 def test_raw_ids_of_people_are_replaced_and_pseudonyms_stay(stream: io.StringIO):
-    log.get().info("x", user="17850", users=["12", PSEUDONYM], user_id="a@b.c", who={"user": PSEUDONYM}, count=2)
+    log.get().info(
+        "x",
+        user="17850",
+        users=["12", PSEUDONYM],
+        user_id="a@b.c",
+        who={"user": PSEUDONYM},
+        customer_id=17850,
+        users_seen=2000,
+        user_count=1,
+    )
     record = records(stream)[0]
     assert record["user"] == record["user_id"] == log.REDACTED
     assert record["users"] == [log.REDACTED, PSEUDONYM]
+    assert record["customer_id"] == log.REDACTED
+    assert record["users_seen"] == 2000
     assert record["who"] == {"user": PSEUDONYM}
 
 

@@ -1,0 +1,53 @@
+"""`python -m workloads.intake --listen H:P --store PATH`: be the intake of home until SIGTERM."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import statistics
+import sys
+
+from workloads.contract.http import PATH_INTAKE
+from workloads.contract.sites import HOME
+from workloads.intake.app import create_app
+from workloads.intake.store import SqliteStore, StoreError
+from workloads.intake.writer import Writer
+from workloads.telemetry import log
+from workloads.telemetry.metrics import StageMetrics, new_registry
+from workloads.telemetry.service import CannotStartError, Service, run
+
+
+def main() -> int:
+    """Exit code: 0 stopped when asked, 2 could not start."""
+    parser = argparse.ArgumentParser(prog="python -m workloads.intake", description=__doc__)
+    parser.add_argument("--listen", required=True, metavar="HOST:PORT", help="loopback address to serve at")
+    parser.add_argument("--store", required=True, type=pathlib.Path, metavar="PATH", help="SQLite file of events")
+    options = parser.parse_args()
+
+    def open_store() -> SqliteStore:
+        try:
+            store = SqliteStore(options.store)
+            commits = [store.probe() for _ in range(7)]
+        except (StoreError, OSError) as error:
+            raise CannotStartError(
+                str(error), "give a path on a local disk with free space, written by no other"
+            ) from (error)
+        log.get(component="store").info(
+            "store opened",
+            path=str(options.store),
+            commit_ms=round(statistics.median(commits), 3),
+            commit_ms_worst=round(max(commits), 3),
+            **store.settings(),
+        )
+        return store
+
+    def build() -> Service:
+        metrics = StageMetrics(new_registry())
+        writer = Writer(open_store, observe=lambda stage, ms: metrics.stage(PATH_INTAKE, stage, ms))
+        return create_app(writer, metrics)
+
+    return run("intake", HOME.name, options.listen, build)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
