@@ -1,0 +1,133 @@
+"""From bodies to rows and dead letters."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from workloads.intake import records
+from workloads.intake.store import COLUMNS
+
+PSEUDONYM = "p1-" + "0f" * 16
+ENCODERS = {"json": msgspec.json.encode, "msgpack": msgspec.msgpack.encode}
+
+
+def read_encoded(events: list[object], encoding: str) -> records.Batch:
+    return records.read(ENCODERS[encoding]({"events": events}), msgpack=encoding == "msgpack")
+
+
+def event(number: int = 0, **changes: object) -> dict[str, Any]:
+    return {
+        "event_id": f"0190a5b4-7c00-7000-8000-{number:012x}",
+        "type": "click",
+        "timestamp_ms": 1_700_000_000_000,
+        "user": PSEUDONYM,
+        "item": "mug",
+        **changes,
+    }
+
+
+@pytest.mark.parametrize("encoding", ["json", "msgpack"])
+def test_a_sound_event_becomes_a_row_in_the_order_of_the_columns(encoding: str):
+    sent = event(context={"page": "home"}, price=2.5, position=3, type="purchase", quantity=2, session="s")
+    batch = read_encoded([sent], encoding)
+    assert batch.dead == []
+    row = dict(zip(COLUMNS, batch.rows[0], strict=True))
+    assert json.loads(str(row.pop("context"))) == {"page": "home"}
+    assert row == {
+        **{name: None for name in COLUMNS if name != "context"},
+        **{name: value for name, value in sent.items() if name != "context"},
+        "schema_version": 1,
+    }
+
+
+@pytest.mark.parametrize("encoding", ["json", "msgpack"])
+@pytest.mark.parametrize(
+    ("broken", "field", "rule"),
+    [
+        (event(1, item=None), "$.events[1]", "a click event names its item"),
+        (event(1, timestamp_ms="now"), "$.events[1].timestamp_ms", "Expected `int`"),
+        (event(1, event_id="1"), "$.events[1].event_id", "regex"),
+        (event(1, colour="red"), "$.events[1]", "unknown field `colour`"),
+        (event(1, type="buy"), "$.events[1].type", "buy"),
+        ("not an event", "$.events[1]", "Expected `object`"),
+        (None, "$.events[1]", "Expected `object`"),
+    ],
+)
+def test_a_broken_event_is_a_dead_letter_and_its_neighbours_are_rows(
+    broken: object, field: str, rule: str, encoding: str
+):
+    batch = read_encoded([event(0), broken, event(2)], encoding)
+    assert [row[0] for row in batch.rows] == [event(0)["event_id"], event(2)["event_id"]]
+    (letter,) = batch.dead
+    assert letter.field == field
+    assert rule in letter.reason
+    assert json.loads(letter.payload) == broken
+
+
+@pytest.mark.parametrize("user", ["17850", PSEUDONYM + "\n", "p1-" + "0F" * 16, 17850])
+def test_a_raw_id_of_a_person_is_refused_and_not_written_down(user: object):
+    batch = records.read(msgspec.json.encode({"events": [event(user=user)]}), msgpack=False)
+    assert batch.rows == []
+    (letter,) = batch.dead
+    assert letter.field == "$.events[0].user"
+    assert b"17850" not in letter.payload
+    assert b"0F0F" not in letter.payload
+    assert b"removed" in letter.payload
+    assert json.loads(letter.payload)["item"] == "mug"
+
+
+def test_an_event_without_a_user_is_an_anonymous_one():
+    assert len(records.read(msgspec.json.encode({"events": [event(user=None)]}), msgpack=False).rows) == 1
+
+
+def test_a_dead_letter_is_cut_to_a_bounded_size():
+    batch = records.read(msgspec.json.encode({"events": [event(query="x" * 100_000)]}), msgpack=False)
+    assert len(batch.dead[0].payload) == records.DEAD_LETTER_MAX_BYTES
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[]", b'{"events":{}}', b'{"events":[]}', b'{"event":[]}', b"\xff\xfe", b'{"events":[{},]}', b"null"],
+)
+def test_a_body_that_is_no_list_of_events_is_refused_whole(body: bytes):
+    with pytest.raises(msgspec.DecodeError):
+        records.read(body, msgpack=False)
+
+
+def test_more_events_than_a_batch_may_hold_are_refused():
+    with pytest.raises(msgspec.ValidationError, match=r"1 to 1000 - at `\$\.events`"):
+        records.read(msgspec.json.encode({"events": [event(n) for n in range(1001)]}), msgpack=False)
+
+
+def test_not_a_number_is_no_price():
+    batch = records.read(msgspec.msgpack.encode({"events": [event(price=float("nan"))]}), msgpack=True)
+    assert batch.rows == []
+    assert batch.dead[0].field == "$.events[0].price"
+
+
+@given(st.binary(max_size=200), st.sampled_from(list(ENCODERS)))
+def test_no_body_makes_the_reader_fail_in_another_way(body: bytes, encoding: str):
+    try:
+        records.read(body, msgpack=encoding == "msgpack")
+    except msgspec.DecodeError as error:
+        records.dead_body(body, error)
+
+
+_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.lists(_values, min_size=1, max_size=4), st.dictionaries(st.sampled_from(COLUMNS), _values))
+def test_any_event_is_a_row_or_a_dead_letter(strange: list[object], changes: dict[str, Any]):
+    sent = [*strange, {**event(), **changes}]
+    batch = records.read(msgspec.msgpack.encode({"events": sent}), msgpack=True)
+    assert len(batch.rows) + len(batch.dead) == len(sent)

@@ -1,0 +1,166 @@
+"""Group commit: nobody is answered before the disk, many share one write, and a fault loses nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+
+from workloads.intake.records import Batch
+from workloads.intake.store import Appended, MemoryStore, StorageFullError, StoreError
+from workloads.intake.writer import BusyError, Writer
+
+
+def batch(*numbers: int) -> Batch:
+    return Batch([(f"id-{number}",) for number in numbers], [])
+
+
+class GatedStore(MemoryStore):
+    """A store whose disk works only while `gate` is open; `entered` says that a commit waits at it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.entered = threading.Event()
+
+    def append(self, batches: Sequence[Batch], received_ms: int) -> list[Appended]:
+        self.entered.set()
+        assert self.gate.wait(20)
+        return super().append(batches, received_ms)
+
+
+@pytest.fixture
+async def store() -> GatedStore:
+    return GatedStore()
+
+
+@pytest.fixture
+async def writer(store: GatedStore) -> AsyncIterator[Writer]:
+    made = Writer(lambda: store, pending_events_max=10, group_events=4)
+    await made.start()
+    yield made
+    store.gate.set()
+    await made.stop()
+
+
+async def reached(event: threading.Event) -> None:
+    assert await asyncio.to_thread(event.wait, 20)
+
+
+async def test_nobody_is_answered_before_the_rows_are_on_disk(store: GatedStore, writer: Writer):
+    answer = asyncio.create_task(writer.append(batch(1)))
+    answer.add_done_callback(lambda _: store.steps.append("answered"))
+    await reached(store.entered)
+    assert not answer.done()
+    store.gate.set()
+    assert await answer == Appended(1, 0, 0)
+    assert store.steps[:2] == ["on disk", "answered"]
+
+
+async def test_requests_that_wait_together_share_one_write(store: GatedStore, writer: Writer):
+    first = asyncio.create_task(writer.append(batch(0)))
+    await reached(store.entered)
+    rest = [asyncio.create_task(writer.append(batch(number))) for number in range(1, 7)]
+    await asyncio.sleep(0)
+    assert writer.queued_events == 6
+    store.gate.set()
+    await asyncio.gather(first, *rest)
+    assert store.groups == [1, 4, 2]  # a group closes at four events
+
+
+async def test_a_full_queue_turns_callers_away_and_keeps_what_it_took(store: GatedStore, writer: Writer):
+    taken = [asyncio.create_task(writer.append(batch(0)))]
+    await reached(store.entered)
+    taken += [asyncio.create_task(writer.append(batch(*range(start, start + 5)))) for start in (1, 6)]
+    await asyncio.sleep(0)
+    with pytest.raises(BusyError, match="10 events wait"):
+        await writer.append(batch(99))
+    store.gate.set()
+    await asyncio.gather(*taken)
+    assert len(store.events) == 11
+    assert await writer.append(batch(99)) == Appended(1, 0, 0)
+
+
+async def test_a_batch_larger_than_the_queue_is_taken_when_nothing_waits(store: GatedStore, writer: Writer):
+    store.gate.set()
+    assert await writer.append(batch(*range(50))) == Appended(50, 0, 0)
+
+
+async def test_a_fault_is_told_to_every_caller_of_the_group_and_readiness_falls(store: GatedStore, writer: Writer):
+    store.fail_with = StorageFullError("full")
+    store.gate.set()
+    answers = await asyncio.gather(*(writer.append(batch(n)) for n in range(3)), return_exceptions=True)
+    assert all(isinstance(answer, StorageFullError) for answer in answers)
+    assert writer.fault == "full"
+    assert store.events == {}
+
+
+async def test_a_store_that_is_back_is_noticed_by_the_next_write(store: GatedStore, writer: Writer):
+    store.gate.set()
+    store.fail_with = StoreError("gone")
+    with pytest.raises(StoreError):
+        await writer.append(batch(1))
+    store.fail_with = None
+    assert await writer.append(batch(1)) == Appended(1, 0, 0)
+    assert writer.fault is None
+
+
+async def test_a_store_that_is_back_is_noticed_without_any_traffic(
+    store: GatedStore, writer: Writer, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("workloads.intake.writer.RETRY_S", 0.01)
+    store.gate.set()
+    store.fail_with = StoreError("gone")
+    with pytest.raises(StoreError):
+        await writer.append(batch(1))
+    store.fail_with = None
+    for _ in range(1000):
+        if writer.fault is None:
+            break
+        await asyncio.sleep(0.01)
+    assert writer.fault is None
+
+
+async def test_a_bug_in_the_store_is_told_as_a_fault_and_the_writer_lives_on(store: GatedStore, writer: Writer):
+    store.gate.set()
+    with pytest.raises(StoreError, match="IndexError"):
+        await writer.append(Batch([()], []))
+    assert await writer.append(batch(1)) == Appended(1, 0, 0)
+
+
+async def test_housekeeping_happens_when_nobody_waits(store: GatedStore, writer: Writer):
+    store.gate.set()
+    await writer.append(batch(1))
+    for _ in range(1000):
+        if store.steps[-1] == "tidied":
+            break
+        await asyncio.sleep(0.01)
+    assert store.steps[-1] == "tidied"
+
+
+async def test_a_stop_writes_what_waits_and_closes_the_store(store: GatedStore):
+    writer = Writer(lambda: store)
+    await writer.start()
+    answers = [asyncio.create_task(writer.append(batch(number))) for number in range(3)]
+    await reached(store.entered)
+    stopped = asyncio.create_task(writer.stop())
+    await asyncio.sleep(0)
+    with pytest.raises(BusyError):
+        await writer.append(batch(9))
+    store.gate.set()
+    assert await asyncio.gather(*answers) == [Appended(1, 0, 0)] * 3
+    await stopped
+    assert store.steps[-1] == "closed"
+
+
+async def test_a_store_that_cannot_be_opened_fails_the_start():
+    def refuse() -> MemoryStore:
+        raise StoreError("no such disk")
+
+    writer = Writer(refuse)
+    with pytest.raises(StoreError, match="no such disk"):
+        await writer.start()
+    assert writer.fault is not None
+    await writer.stop()
