@@ -44,6 +44,8 @@ KEEP_ALIVE_S: Final = 75
 Scope = Mapping[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+"""ASGI 3."""
 
 _REQUEST_ID = REQUEST_ID_HEADER.lower().encode()
 _REQUEST_ID_FORM = re.compile(rb"[A-Za-z0-9._-]{1,128}")
@@ -327,10 +329,11 @@ def listen(address: str) -> socket.socket:
     return bound
 
 
-def run(role: str, site: str, address: str, build: Callable[[], Service]) -> int:
+def run(role: str, site: str, address: str, build: Callable[[], Application]) -> int:
     """Be this server until SIGTERM or SIGINT; the exit code: 0 stopped when asked, 2 could not start.
 
-    `build` loads what is served; it and the service's `start` may raise CannotStartError.
+    `build` loads what is served, a Service or any ASGI application; it and the service's `start` may raise
+    CannotStartError.
     """
     log.configure(role, site)
     with _stop_while_starting():
