@@ -6,6 +6,7 @@ never at a total, and it judges a run once: a run that breached is not done agai
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import msgspec
@@ -301,14 +302,30 @@ def _rung_mix(
     )
 
 
-def _cause(below: Sequence[Sample]) -> tuple[str, str]:
-    """The stage whose loss or lateness costs an answer most of the steps that were taken down."""
-    lost_candidates = sum(1 for s in below if s.rung is not None and s.rung >= Rung.TRADITIONAL)
-    if lost_candidates * 2 > len(below):
-        return Stage.CANDIDATES.value, "They lack candidates: retrieval was late or gone (stage candidates)."
-    spent = sorted(s.stages_ms[Stage.RANK.value] for s in below if Stage.RANK.value in s.stages_ms)
+def _cause(below: Sequence[Sample]) -> tuple[str | None, str]:
+    """The stage whose loss or lateness cost most of the steps that were taken down."""
+    guilty, count = Counter(_lost_stage(s) for s in below).most_common(1)[0]
+    most = "" if count == len(below) else "Most of these "
+    if guilty == Stage.CANDIDATES.value:
+        return guilty, f"{most or 'They '}lack candidates: retrieval was late or gone (stage candidates)."
+    if guilty is None:
+        return guilty, f"{most or 'They '}had too little time left."
+    spent = sorted(s.stages_ms[guilty] for s in below if guilty in s.stages_ms)
     waited = f", and they had waited {_ms(quantile(spent, 0.5))} for it at the median" if spent else ""
-    return Stage.RANK.value, f"They lack the ranker's scores: the ranker was late or gone (stage rank){waited}."
+    return guilty, f"{most or 'They '}lack the ranker's scores: the ranker was late or gone (stage rank){waited}."
+
+
+def _lost_stage(sample: Sample) -> str | None:
+    """By the gateway's own reason; where it gives none that is known, by how far the answer stepped down."""
+    reason = sample.reason or ""
+    if reason.startswith("ranker"):
+        return Stage.RANK.value
+    if reason.startswith("retrieval"):
+        return Stage.CANDIDATES.value
+    if reason == "no_time":
+        return None
+    stepped_past_retrieval = sample.rung is not None and sample.rung >= Rung.TRADITIONAL
+    return Stage.CANDIDATES.value if stepped_past_retrieval else Stage.RANK.value
 
 
 def _ranked(budget: Budget, limit: int, whole: Measure, notes: list[str]) -> Iterable[Breach]:

@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import msgspec
 
 from workloads.contract.http import (
+    PATH_READY,
     PATH_SAMPLE,
     CatalogueSample,
     EventsAnswer,
@@ -23,6 +24,7 @@ from workloads.contract.http import (
     ItemsAnswer,
     Problem,
     RankedItem,
+    Readiness,
     RecommendRequest,
     SearchRequest,
     Served,
@@ -101,6 +103,9 @@ class StubGateway:
             self.requests[path] = self.requests.get(path, 0) + 1
         if (method, path) == ("GET", PATH_SAMPLE):
             return 200, msgspec.json.encode(self._sample())
+        if (method, path) == ("GET", PATH_READY):
+            ready = Readiness(ready=True, site=self.behaviour.site, bundle=BUNDLE, backends={}, missing=[])
+            return 200, msgspec.json.encode(ready)
         if method != "POST":
             return _problem(404, "Unknown path")
         self._wait()

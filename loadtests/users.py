@@ -38,7 +38,7 @@ from loadtests.budgets import Budgets
 from loadtests.draws import Shopper
 from loadtests.recorder import Recorder
 from loadtests.samples import Run, RunHeader, Sample, Target, write_whole
-from workloads.contract.http import PATH_SAMPLE, CatalogueSample, ItemsAnswer, RecommendRequest
+from workloads.contract.http import PATH_READY, PATH_SAMPLE, CatalogueSample, Readiness
 from workloads.contract.sites import SITES
 from workloads.contract.slo import Endpoint
 
@@ -285,17 +285,15 @@ class Load:
         return Entry(url, self._site_of(url), share, sample)
 
     def _site_of(self, url: str) -> str:
-        """The site's name for itself, as an answer tells it; where none comes, the contract's or the host."""
-        probe = msgspec.json.encode(RecommendRequest(k=1))
+        """The site's name for itself; where the gateway does not tell it, the contract's or the host's."""
         try:
-            answer = msgspec.json.decode(self._fetch(url + Endpoint.RECOMMEND.value, probe), type=ItemsAnswer)
+            return msgspec.json.decode(self._fetch(url + PATH_READY), type=Readiness).site
         except (OSError, msgspec.DecodeError):
             host = urlsplit(url).hostname or url
             return next((s.name.value for s in SITES.values() if s.address == host), host)
-        return answer.served.site
 
-    def _fetch(self, url: str, body: bytes | None = None) -> bytes:
-        request = urllib.request.Request(url, data=body, headers=_JSON)  # noqa: S310 - the scheme was checked above
+    def _fetch(self, url: str) -> bytes:
+        request = urllib.request.Request(url, headers=_JSON)  # noqa: S310 - the scheme was checked above
         with urllib.request.urlopen(request, timeout=self.options.timeout) as answer:  # noqa: S310 - as above
             content: bytes = answer.read()
             return content

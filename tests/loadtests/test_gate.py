@@ -180,7 +180,7 @@ def test_answers_without_the_ranker_breach_the_rung_mix_and_name_it():
     def change(sample: Sample, index: int) -> Sample:
         if sample.endpoint == EVENTS or index % 40:
             return sample
-        return having(sample, rung=3, reason="ranker late", ranked=None, stages_ms=sample.stages_ms | {"rank": 48.0})
+        return having(sample, rung=3, reason="ranker_late", ranked=None, stages_ms=sample.stages_ms | {"rank": 48.0})
 
     result = judge(promised_run(change), budgets.promise())
     assert whats(result) == [("rung_mix", RECOMMEND), ("rung_mix", SEARCH)]
@@ -188,18 +188,37 @@ def test_answers_without_the_ranker_breach_the_rung_mix_and_name_it():
     assert "2.5 % of the answers came from below the best configured rung, allowed 1 %" in sentence
     assert "the ranker was late or gone (stage rank)" in sentence
     assert "48.0 ms" in sentence
-    assert "ranker late (120)" in sentence
+    assert "ranker_late (120)" in sentence
 
 
 def test_answers_without_candidates_breach_the_rung_mix_and_name_retrieval():
     def change(sample: Sample, index: int) -> Sample:
         return (
-            having(sample, rung=4, reason="retrieval gone") if sample.endpoint == SEARCH and index % 10 == 0 else sample
+            having(sample, rung=4, reason="retrieval_down") if sample.endpoint == SEARCH and index % 10 == 0 else sample
         )
 
     result = judge(promised_run(change), budgets.promise())
     assert whats(result) == [("rung_mix", SEARCH)]
     assert result.breaches[0].stage == "candidates"
+
+
+@pytest.mark.parametrize(
+    ("rung", "reason", "stage"),
+    [
+        (3, "ranker_down", "rank"),
+        (4, "ranker_down", "rank"),
+        (4, "retrieval_late", "candidates"),
+        (4, "something new", "candidates"),
+        (3, None, "rank"),
+        (3, "no_time", None),
+    ],
+)
+def test_the_gateways_own_reason_says_who_was_lost(rung: int, reason: str | None, stage: str | None):
+    def change(sample: Sample, _: int) -> Sample:
+        return having(sample, rung=rung, reason=reason) if sample.endpoint == SEARCH else sample
+
+    result = judge(promised_run(change), budgets.promise())
+    assert [(b.what, b.stage) for b in result.breaches] == [("rung_mix", stage)]
 
 
 def test_one_answer_in_two_hundred_may_step_down():
