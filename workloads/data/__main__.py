@@ -14,7 +14,7 @@ from typing import cast, get_args
 
 from workloads.data.adapters import DEFAULT_MAX_BAD_SHARE
 from workloads.data.events import TooManyFaultsError
-from workloads.data.preparation import Request, SourceKind, prepare, remedy_of
+from workloads.data.preparation import Request, SourceKind, fault_of, prepare, remedy_of
 from workloads.data.pseudonym import KeyFileError
 from workloads.data.reading import SourceError
 from workloads.data.simulator import SimulatorConfig
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         made = prepare(_request(arguments), arguments.home, progress)
     except (SourceError, TooManyFaultsError, SplitError, KeyFileError) as error:
-        progress.fault(str(error), remedy_of(error))
+        progress.fault(fault_of(error), remedy_of(error))
         return EXIT_FAULT
     except OSError as error:
         progress.fault(f"cannot write below {arguments.home}: {error}", "check free space and permissions there")

@@ -11,7 +11,7 @@ from typing import Final
 import msgspec
 import polars as pl
 
-from workloads.data.events import EventLog
+from workloads.data.events import SCHEMA, EventLog
 
 ITEM_SCHEMA: Final = {
     "item": pl.String(),
@@ -57,23 +57,18 @@ def drop_repeats(log: EventLog) -> tuple[EventLog, RuleCount]:
 
     Rows without a user and a session say too little to be told apart and all stay.
     """
-    frame = log.frame
-    said = [name for name in frame.columns if name != "event_id"]
+    said = [name for name in SCHEMA if name != "event_id"]
     known = pl.col("user").is_not_null() | pl.col("session").is_not_null()
-    kept = frame.filter(~known | pl.struct(said).is_first_distinct())
-    count = RuleCount(rule="event repeated under another id", rows=frame.height - kept.height, effect="dropped")
-    return (EventLog(kept) if count.rows else log), count
+    kept = log.where(~known | pl.struct(said).is_first_distinct())
+    return kept, RuleCount(rule="event repeated under another id", rows=len(log) - len(kept), effect="dropped")
 
 
 def drop_unknown_items(log: EventLog, items: pl.DataFrame) -> tuple[EventLog, RuleCount]:
     """Leave out events on items that the catalogue does not have."""
-    frame = log.frame
-    known = pl.col("item").is_null() | pl.col("item").is_in(items["item"].implode())
-    kept = frame.filter(known)
-    count = RuleCount(
-        rule="event on an item that the catalogue lacks", rows=frame.height - kept.height, effect="dropped"
+    kept = log.where(pl.col("item").is_null() | pl.col("item").is_in(items["item"].implode()))
+    return kept, RuleCount(
+        rule="event on an item that the catalogue lacks", rows=len(log) - len(kept), effect="dropped"
     )
-    return (EventLog(kept) if count.rows else log), count
 
 
 def drop_unseen_items(log: EventLog, items: pl.DataFrame) -> tuple[pl.DataFrame, RuleCount]:

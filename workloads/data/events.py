@@ -152,9 +152,15 @@ class EventLog:
         for row in self._frame.iter_rows(named=True):
             yield Event(**{**row, "type": EventType(row["type"])})
 
+    def where(self, predicate: pl.Expr) -> EventLog:
+        """Rows on which `predicate` is true. Rows of a checked log need no second check."""
+        kept = EventLog.__new__(EventLog)
+        kept._frame = self._frame.filter(predicate)
+        return kept
+
     def between(self, start_ms: int, end_ms: int) -> EventLog:
         """Rows with start_ms <= timestamp_ms < end_ms."""
-        return EventLog(self._frame.filter(pl.col("timestamp_ms").is_between(start_ms, end_ms, closed="left")))
+        return self.where(pl.col("timestamp_ms").is_between(start_ms, end_ms, closed="left"))
 
     def counts(self) -> dict[str, int]:
         """Rows per event type, every type named, in the contract's order."""

@@ -19,11 +19,11 @@ import polars as pl
 from workloads.contract.events import POSITIVE_TYPES, Event
 from workloads.data import adapters, simulator
 from workloads.data.cleaning import RuleCount, drop_repeats, drop_unknown_items, drop_unseen_items
-from workloads.data.dataset import Dataset, FaultSummary, find_prepared, write_dataset
+from workloads.data.dataset import DatasetMeta, FaultSummary, find_prepared, read_meta, write_dataset
 from workloads.data.events import POSITIVE, EventLog, RowFaults, TooManyFaultsError
 from workloads.data.profile_builder import build_profiles
 from workloads.data.profiles import ProfileStoreError, SqliteProfiles, write_profiles
-from workloads.data.pseudonym import FIRST_EPOCH, PseudonymKey, read_or_create_key
+from workloads.data.pseudonym import FIRST_EPOCH, KeyFileError, PseudonymKey, read_or_create_key
 from workloads.data.reading import SourceError, file_digest
 from workloads.data.source import SourceData
 from workloads.data.split import SplitError, boundaries, compare
@@ -148,7 +148,7 @@ def prepare(request: Request, home: Path, progress: Progress) -> Prepared:
     _write_users_sample(places.users_sample, raw_users, seed=digest)
     write_profiles(places.profiles, build_profiles(hidden), _done_marks(dataset.path.name, digest, places.users_sample))
     progress.step("profiles", 1, 1, "users", users=len(raw_users))
-    return _prepared(places, dataset, report, reused=False)
+    return _prepared(places, dataset.path, dataset.meta, report, reused=False)
 
 
 def _load(request: Request, progress: Progress) -> SourceData:
@@ -165,6 +165,7 @@ def _load(request: Request, progress: Progress) -> SourceData:
             items=made.items,
             protocol="next_item",
             truth=made.truth,
+            cut=config.cut,
             faults=RowFaults(rows_read=len(made.log)),
             parameters=msgspec.to_builtins(config),
         )
@@ -251,20 +252,20 @@ def _find_done(places: Places, digest: str) -> Prepared | None:
     if any(marks.get(name) != value for name, value in _done_marks(path.name, digest, places.users_sample).items()):
         return None
     report = places.fault_reports / f"{path.name}.jsonl"
-    return _prepared(places, Dataset.load(path, verify=False), report if report.is_file() else None, reused=True)
+    return _prepared(places, path, read_meta(path), report if report.is_file() else None, reused=True)
 
 
-def _prepared(places: Places, dataset: Dataset, report: Path | None, *, reused: bool) -> Prepared:
+def _prepared(places: Places, path: Path, meta: DatasetMeta, report: Path | None, *, reused: bool) -> Prepared:
     return Prepared(
-        dataset=dataset.path,
+        dataset=path,
         profiles=places.profiles,
         users_sample=places.users_sample,
         key=places.key,
         fault_report=report,
         reused=reused,
-        events=len(dataset.log),
-        users=dataset.meta.users,
-        items=dataset.meta.items,
+        events=sum(meta.events.values()),
+        users=meta.users,
+        items=meta.items,
     )
 
 
@@ -310,9 +311,14 @@ def _write_fault_report(path: Path, faults: RowFaults) -> Path | None:
     return path
 
 
+def fault_of(error: Exception) -> str:
+    """What is wrong, without what to do about it."""
+    return error.fault if isinstance(error, SourceError | KeyFileError) else str(error)
+
+
 def remedy_of(error: Exception) -> str:
     """What to do about an error of `prepare`."""
-    if isinstance(error, SourceError):
+    if isinstance(error, SourceError | KeyFileError):
         return error.remedy
     if isinstance(error, TooManyFaultsError):
         first = error.faults.samples[0] if error.faults.samples else None

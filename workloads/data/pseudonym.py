@@ -29,7 +29,12 @@ _NAME: Final = re.compile(r"pseudonym-([0-9]{1,3})\.key")
 
 
 class KeyFileError(ValueError):
-    """A key file that must not be used; the message names the fault and the remedy."""
+    """A key file that must not be used; the message names both the fault and the remedy."""
+
+    def __init__(self, fault: str, remedy: str) -> None:
+        super().__init__(f"{fault}; {remedy}")
+        self.fault = fault
+        self.remedy = remedy
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,11 @@ class PseudonymKey:
     def __post_init__(self) -> None:
         """Refuse a key that would be weak or could not be named."""
         if len(self.secret) != KEY_BYTES:
-            raise KeyFileError(f"a pseudonym key has {KEY_BYTES} bytes, not {len(self.secret)}")
+            raise KeyFileError(
+                f"a pseudonym key has {KEY_BYTES} bytes, not {len(self.secret)}", "restore it from a copy"
+            )
         if not 0 <= self.epoch <= 999:
-            raise KeyFileError(f"key epoch {self.epoch}: must be 0 to 999")
+            raise KeyFileError(f"key epoch {self.epoch}: must be 0 to 999", "rename the key file")
 
     def pseudonym(self, user: str) -> str:
         """The pseudonym of a raw user id; matches `contract.http.PSEUDONYM_PATTERN`."""
@@ -68,22 +75,21 @@ def read_key(path: Path) -> PseudonymKey:
     """Read `pseudonym-<epoch>.key`. Raises KeyFileError when it is missing, short, misnamed or open to others."""
     named = _NAME.fullmatch(path.name)
     if named is None:
-        raise KeyFileError(f"{path}: a key file is called pseudonym-<epoch>.key; rename it")
+        raise KeyFileError(f"{path}: a key file is called pseudonym-<epoch>.key", "rename it")
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
-        raise KeyFileError(f"{path}: no such key; prepare the data on this machine first") from None
+        raise KeyFileError(f"{path}: no such key", "prepare the data on this machine first") from None
     except OSError as error:
-        raise KeyFileError(
-            f"{path}: cannot be read ({error.strerror}); check its owner and that it is a file"
-        ) from None
+        reason = f"{path}: cannot be read ({error.strerror})"
+        raise KeyFileError(reason, "check its owner, and that it is a file and no link") from None
     with os.fdopen(descriptor, "rb") as file:
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         if mode & 0o077:
-            raise KeyFileError(f"{path}: mode {mode:04o} lets others read it; run chmod 600 on it")
+            raise KeyFileError(f"{path}: mode {mode:04o} lets others read it", "run chmod 600 on it")
         secret = file.read(KEY_BYTES + 1)
     if len(secret) != KEY_BYTES:
-        raise KeyFileError(f"{path}: holds {len(secret)} bytes instead of {KEY_BYTES}; restore it from a copy")
+        raise KeyFileError(f"{path}: holds {len(secret)} bytes instead of {KEY_BYTES}", "restore it from a copy")
     return PseudonymKey(epoch=int(named.group(1)), secret=secret)
 
 

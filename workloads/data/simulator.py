@@ -24,6 +24,7 @@ import polars as pl
 from workloads.contract.events import TIMESTAMP_MAX_MS, TIMESTAMP_MIN_MS, EventType
 from workloads.contract.tensors import IMAGE_DIM
 from workloads.data.events import SCHEMA, EventLog, uuid7_column
+from workloads.data.split import Boundaries
 from workloads.data.truth import LATENT_DIM, ChoiceWeights, Floats, Ints, Truth
 from workloads.data.vocabulary import BRANDS, CATEGORIES, COLOURS, STYLES
 
@@ -56,29 +57,36 @@ _PAGES_PER_VISIT: Final = 1.8
 _ANONYMOUS_SHARE: Final = 0.05
 _LATE_ITEMS: Final = 0.2
 _WITHDRAWN_ITEMS: Final = 0.015
-_LATE_USERS: Final = 0.3
+_LATE_USERS: Final = 0.15
+_ACTIVITY_SPREAD: Final = 0.9
+"""Standard deviation of the logarithm of people's activity."""
 
 _TYPES: Final = [kind.value for kind in EventType]
 _CODE: Final = {kind: code for code, kind in enumerate(EventType)}
 
 
 class SimulatorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What to simulate. `events` is met within one page (a few dozen). Raises ValueError naming the field."""
+    """What to simulate. Raises ValueError naming the field.
+
+    `events` is met within one page (a few dozen). `users` is how many have heard of the shop: activity
+    is spread unevenly, and about a quarter of them never come while the log runs.
+    """
 
     users: int = 20_000
     items: int = 10_000
     events: int = 1_000_000
     seed: int = 1
-    days: int = 60
+    days: int = 63
+    """Nine weeks: seven to learn from, one to validate, one to test."""
     start_ms: int = 1_767_571_200_000
     """Monday 2026-01-05, 00:00 UTC."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot be simulated."""
         for name, low, high in (
-            ("users", 20, 5_000_000),
-            ("items", 60, 1_000_000),
-            ("events", 500, 100_000_000),
+            ("users", 20, 1_000_000),
+            ("items", 60, 200_000),
+            ("events", 500, 10_000_000),
             ("seed", 0, 2**63 - 1),
             ("days", 14, 730),
         ):
@@ -86,6 +94,14 @@ class SimulatorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
                 raise ValueError(f"{name}={getattr(self, name)}: must be {low} to {high}")
         if not TIMESTAMP_MIN_MS <= self.start_ms <= TIMESTAMP_MAX_MS - 731 * DAY_MS:
             raise ValueError(f"start_ms={self.start_ms}: must lie between the years 2000 and 2097")
+
+    @property
+    def cut(self) -> Boundaries | None:
+        """The last week for test and the one before for validation; None where that would leave too little."""
+        if self.days < 28:
+            return None
+        last, before = self.end_ms - 7 * DAY_MS, self.end_ms - 14 * DAY_MS
+        return Boundaries(start_ms=self.start_ms, train_end_ms=before, validation_end_ms=last, end_ms=self.end_ms)
 
     @property
     def end_ms(self) -> int:
@@ -323,15 +339,9 @@ class _Pages:
 
 def _make_pages(config: SimulatorConfig, truth: Truth) -> _Pages:
     rng = _rng(config, 3)
-    visits = max(config.users // 2, int(config.events * _SURPLUS / _EVENTS_PER_PAGE / _PAGES_PER_VISIT) + 20)
-    activity = rng.lognormal(0.0, 0.9, size=config.users)
-    extra = max(0, visits - config.users)
-    user = np.concatenate(
-        [
-            np.arange(config.users) if extra else rng.permutation(config.users)[:visits],
-            rng.choice(config.users, size=extra, p=activity / activity.sum()),
-        ]
-    )
+    visits = 20 + int(config.events * _SURPLUS / _EVENTS_PER_PAGE / _PAGES_PER_VISIT)
+    activity = rng.lognormal(0.0, _ACTIVITY_SPREAD, size=config.users)
+    user = rng.choice(config.users, size=visits, p=activity / activity.sum())
     joined = np.where(rng.random(config.users) < _LATE_USERS, rng.uniform(0.0, 0.95, size=config.users), 0.0)
     at = _visit_times(config, rng, joined[user])
     order = np.lexsort((at, user))
