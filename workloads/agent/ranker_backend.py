@@ -9,7 +9,6 @@ long before each batch: the planted fault of a rehearsal.
 from __future__ import annotations
 
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -94,7 +93,6 @@ class TritonPythonModel:
 
 def _fault(feed: dict[str, np.ndarray[Any, Any]]) -> str | None:
     for name, array in feed.items():
-        # A sum is finite if all terms are (and no overflow): one pass, no temporary array.
-        if array.dtype.kind == "f" and not math.isfinite(float(array.sum())) and not np.isfinite(array).all():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
             return f"{name} holds NaN or infinity"
     return None
