@@ -15,8 +15,8 @@ from typing import Final
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Interrupted(KeyboardInterrupt):
-    """The desk was asked to stop by `number`."""
+class Interrupted(BaseException):
+    """The desk was asked to stop by `number`. Not a KeyboardInterrupt: command line libraries swallow those."""
 
     def __init__(self, number: signal.Signals) -> None:
         super().__init__(number.name)

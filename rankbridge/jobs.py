@@ -7,7 +7,6 @@ occasional plain lines in a log. Everything a job says also goes to its log file
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -123,7 +122,7 @@ def run(
     log: Path,
     view: View,
     root: Path,
-    environment: dict[str, str] | None = None,
+    append: bool = False,
 ) -> ResultLine:
     """Run `python -m MODULE ARGUMENTS` and return its result line.
 
@@ -131,7 +130,7 @@ def run(
     say one. Raises Interrupted once the job, told to stop the same way, has ended.
     """
     command = [sys.executable, "-m", module, *arguments]
-    return follow(command, title=module, log=log, view=view, root=root, environment=environment)
+    return follow(command, title=module, log=log, view=view, root=root, append=append)
 
 
 def follow(
@@ -141,11 +140,11 @@ def follow(
     log: Path,
     view: View,
     root: Path,
-    environment: dict[str, str] | None = None,
+    append: bool = False,
 ) -> ResultLine:
-    """As `run`, for any command that writes progress lines."""
+    """As `run`, for any command that writes progress lines. `append` keeps what the log held before."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w", encoding="utf-8") as record:
+    with log.open("a" if append else "w", encoding="utf-8") as record:
         with shield():
             # The tether ends a job whose desk was killed; its own session keeps a terminal's Ctrl-C for the desk.
             job = subprocess.Popen(
@@ -157,7 +156,6 @@ def follow(
                 encoding="utf-8",
                 errors="replace",
                 cwd=root,
-                env=environment if environment is not None else dict(os.environ),
                 start_new_session=True,
             )
         try:

@@ -162,6 +162,12 @@ def probe(url: str, timeout_s: float = 1.0) -> Probe:
         connection.close()
 
 
+class _Missing(msgspec.Struct, frozen=True):
+    """The part of every /readyz that says what is not there."""
+
+    missing: dict[str, str] | list[str] = []
+
+
 Say = Callable[[str], None]
 
 
@@ -313,6 +319,7 @@ class Supervisor:
         """Until each is ready, in any order; those that ran already get no longer than the new ones."""
         began = time.monotonic()
         identities = {one.name: one.handle.process for one in [*self.alive(), *begun]}
+        fresh = {one.name for one in begun}
         pending = list(wanted)
         while pending:
             for process in list(pending):
@@ -321,7 +328,8 @@ class Supervisor:
                 waiting_for = self._waiting_for(process)
                 if waiting_for is None:
                     pending.remove(process)
-                    self._say(f"{process.title} is ready at {process.url}")
+                    if process.name in fresh:
+                        self._say(f"{process.title} is ready at {process.url}")
                 elif time.monotonic() - began > process.ready_within_s:
                     raise self._failure(process, f"is not ready after {process.ready_within_s:.0f} s ({waiting_for})")
             if pending:
@@ -330,13 +338,10 @@ class Supervisor:
     def _waiting_for(self, process: Process) -> str | None:
         """What it still waits for; None when it is ready, a gateway with all its neighbours."""
         answer = self._probe(process.ready_url)
+        missing = _missing(answer.body)
         if answer.status != 200:
-            return answer.body.decode(errors="replace").strip()[:300] or f"answers {answer.status}"
-        if process.role is Role.GATEWAY:
-            with contextlib.suppress(msgspec.DecodeError):
-                missing = msgspec.json.decode(answer.body, type=Readiness).missing
-                return f"down: {', '.join(missing)}" if missing else None
-        return None
+            return missing or answer.body.decode(errors="replace").strip()[:300] or f"answers {answer.status}"
+        return missing if process.role is Role.GATEWAY else None
 
     def _failure(self, process: Process, what: str) -> DeskError:
         log = self._layout.log(process.name)
@@ -411,6 +416,16 @@ class Supervisor:
             file.flush()
             os.fsync(file.fileno())
         new.replace(self._state_file)
+
+
+def _missing(body: bytes) -> str | None:
+    """What a /readyz says is missing, in words; None when it says nothing of the kind."""
+    try:
+        missing = msgspec.json.decode(body, type=_Missing).missing
+    except msgspec.DecodeError:
+        return None
+    words = [f"{name}: {text}" for name, text in missing.items()] if isinstance(missing, dict) else missing
+    return f"waits for {'; '.join(words)}" if words else None
 
 
 def best_rung(readiness: Readiness) -> Rung:

@@ -88,7 +88,7 @@ def test_a_process_that_is_never_ready_is_named_with_what_it_waits_for(superviso
 
 def test_a_gateway_without_its_neighbours_is_ready_alone_but_not_up(supervisor: Supervisor, stub: MakeStub):
     wanted = [stub(Role.GATEWAY, behaviour="gateway-alone", within_s=1)]
-    with pytest.raises(DeskError, match="down: triton"):
+    with pytest.raises(DeskError, match="waits for triton"):
         supervisor.up(wanted, FACTS, owner=Owner.UP)
 
 

@@ -1,0 +1,495 @@
+"""The whole way from behaviour data to a verdict, step by step, so that it can be interrupted anywhere.
+
+`data -> train -> export -> load -> verdict`; both sites are up during `load` alone. What is finished stands
+in a ledger under `work/`, named by what was asked for: the same command goes on from there. A finished
+rehearsal closes its ledger, and the next one does everything again. It knows no process and no model; `Hands`
+does the work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import fcntl
+import hashlib
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Final, Protocol
+
+import msgspec
+from rich.console import Console
+from rich.markup import escape
+
+from loadtests.gate import LoadResult
+from rankbridge import jobs, preflight, verdict
+from rankbridge import load as load_runs
+from rankbridge.faults import DeskError
+from rankbridge.interrupts import shield
+from rankbridge.layout import Layout
+from rankbridge.load import LoadFiles, LoadPlan
+from rankbridge.serving import Serving
+from rankbridge.supervisor import Owner
+from rankbridge.tables import load_table, quality_table
+from rankbridge.verdict import BundleFacts, DatasetFacts, Durability, ProcessMemory, Verdict
+from workloads.bundle import manifest as manifests
+from workloads.contract.quality import QualityReport
+from workloads.contract.sites import AWS, HOME, Listener
+from workloads.data.dataset import SPLITS, read_meta
+from workloads.data.split import SplitReport
+from workloads.telemetry.progress import ResultLine, parse
+
+AWS_SHARE: Final = 0.25
+"""Share of the load that enters at the cloud site."""
+_HEARTBEAT: Final = "rehearsal.lock"
+_IDS_AT_ONCE: Final = 500
+
+
+class SitesForm(enum.StrEnum):
+    """How the two sites are laid out on this machine."""
+
+    LOOPBACK = "loopback"
+
+
+class StepName(enum.StrEnum):
+    """The steps, in order."""
+
+    DATA = "data"
+    TRAIN = "train"
+    EXPORT = "export"
+    LOAD = "load"
+    VERDICT = "verdict"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSource:
+    """Where behaviour data comes from; `path` is None for the simulator."""
+
+    kind: str
+    path: Path | None
+
+    @classmethod
+    def parse(cls, text: str) -> DataSource:
+        """`simulator`, or KIND=PATH. Raises DeskError."""
+        kinds = ("online-retail", "sequences", "events")
+        kind, sign, path = text.partition("=")
+        if text == "simulator":
+            return cls("simulator", None)
+        if kind not in kinds:
+            known = ", ".join(["simulator", *(f"{kind}=PATH" for kind in kinds)])
+            raise DeskError(f"--data {text}: no such kind of data", f"one of {known}")
+        if not sign or not path:
+            raise DeskError(f"--data {text}: the path of the file is missing", f"write --data {kind}=PATH")
+        return cls(kind, Path(path).expanduser().absolute())
+
+    def check(self) -> None:
+        """Raises DeskError when its file cannot be read."""
+        preflight.refuse(preflight.readable(self.path))
+
+    def __str__(self) -> str:
+        return self.kind if self.path is None else f"{self.kind}={self.path}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What was asked for."""
+
+    data: DataSource
+    out: Path
+    users: int | None = None
+    items: int | None = None
+    events: int | None = None
+    seed: int | None = None
+    rate: float = load_runs.MIX_PER_S
+    load_seconds: float | None = None
+    min_samples: int | None = None
+    injections: tuple[str, ...] = ()
+    ports: tuple[str, ...] = ()
+    reuse_bundle: bool = False
+    keep_up: bool = False
+
+    def digest(self) -> str:
+        """Names the ledger: two requests that would make the same thing have the same one."""
+        facts = {
+            field.name: str(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+            if field.name not in {"out", "keep_up"}
+        }
+        if self.data.path is not None and self.data.path.exists():
+            seen = self.data.path.stat()
+            facts["file"] = f"{seen.st_size} {seen.st_mtime_ns}"
+        return hashlib.sha256(msgspec.json.encode(facts, order="sorted")).hexdigest()[:12]
+
+
+class Done(msgspec.Struct, frozen=True, kw_only=True):
+    """A finished step."""
+
+    name: StepName
+    seconds: float
+    made: dict[str, str] = {}
+    note: str = ""
+
+
+class Ledger(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rehearsal has begun and finished; one file, replaced whole."""
+
+    schema_version: int = 1
+    opened: float
+    """Unix time."""
+    begun: tuple[StepName, ...] = ()
+    done: tuple[Done, ...] = ()
+    closed: bool = False
+
+    def step(self, name: StepName) -> Done | None:
+        """The finished step of this name."""
+        return next((one for one in self.done if one.name is name), None)
+
+    def made(self, name: StepName, what: str) -> Path:
+        """A path that a finished step made."""
+        done = self.step(name)
+        if done is None or what not in done.made:
+            raise KeyError(f"{name.value} made no {what}")
+        return Path(done.made[what])
+
+
+@dataclasses.dataclass(frozen=True)
+class LedgerFile:
+    """A ledger and its folder of intermediate results."""
+
+    folder: Path
+
+    @property
+    def path(self) -> Path:
+        """The ledger itself, beside its folder."""
+        return self.folder.with_suffix(".json")
+
+    def open(self) -> Ledger:
+        """The ledger of an interrupted run, or a new one."""
+        with contextlib.suppress(FileNotFoundError, msgspec.DecodeError):
+            found = msgspec.json.decode(self.path.read_bytes(), type=Ledger)
+            if not found.closed:
+                return found
+        return Ledger(opened=time.time())
+
+    def write(self, ledger: Ledger) -> None:
+        """Replace it, durably."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        new = self.path.with_suffix(".new")
+        with new.open("wb") as file:
+            file.write(msgspec.json.format(msgspec.json.encode(ledger)))
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(self.path)
+
+
+class Loaded(msgspec.Struct, frozen=True, kw_only=True):
+    """What was measured while both sites were up; kept until the verdict."""
+
+    load: LoadResult
+    memory: list[ProcessMemory]
+    durability: Durability
+
+
+class Hands(Protocol):
+    """Does what a rehearsal asks for; the fake beside the tests does it at once."""
+
+    def check(self, request: Request) -> None:
+        """Raises DeskError with everything that speaks against a rehearsal here and now."""
+
+    def job(self, module: str, arguments: Sequence[str], log: Path, *, append: bool) -> ResultLine:
+        """Run a job to its end."""
+        ...
+
+    def load(self, request: Request, bundle: Path, folder: Path) -> Loaded:
+        """Serve the bundle at both sites, load them, measure; the sites are down after, unless asked otherwise."""
+        ...
+
+    def newest_bundle(self) -> Path:
+        """The bundle to serve when none is made."""
+        ...
+
+
+class Rehearsal:
+    """One rehearsal; `run` does it and is the only thing to call."""
+
+    def __init__(self, layout: Layout, request: Request, *, console: Console, hands: Hands | None = None) -> None:
+        self._layout = layout
+        self._request = request
+        self._console = console
+        self._hands: Hands = hands if hands is not None else LocalHands(layout, console)
+        self._file = LedgerFile(layout.work / f"rehearsal-{request.digest()}")
+        self._ledger = Ledger(opened=0)
+
+    def run(self) -> bool:
+        """Whether every budget held. Raises DeskError, and Interrupted after everything has been stopped."""
+        with self._alone():
+            self._hands.check(self._request)
+            self._ledger = self._file.open()
+            self._greet()
+            if not self._request.reuse_bundle:
+                self._step(StepName.DATA, "behaviour data to a pseudonymised, split data set", self._data)
+                self._step(StepName.TRAIN, "retrieval and ranker, and the traditional recommender to beat", self._train)
+                self._step(StepName.EXPORT, "models to a verified bundle", self._export)
+            self._step(StepName.LOAD, "both sites up, open-loop load, nothing lost", self._load)
+            found = self._verdict()
+            self._ledger = msgspec.structs.replace(self._ledger, closed=True)
+            self._file.write(self._ledger)
+        self._conclude(found)
+        return found.passed
+
+    def _data(self) -> dict[str, str]:
+        r = self._request
+        arguments = data_arguments(self._layout, r.data, users=r.users, items=r.items, events=r.events, seed=r.seed)
+        return self._job(StepName.DATA, "data", arguments)
+
+    def _train(self) -> dict[str, str]:
+        dataset = self._ledger.made(StepName.DATA, "dataset")
+        return self._job(StepName.TRAIN, "training", training_arguments(self._layout, dataset, seed=self._request.seed))
+
+    def _export(self) -> dict[str, str]:
+        training = self._ledger.made(StepName.TRAIN, "training")
+        dataset = self._ledger.made(StepName.DATA, "dataset")
+        return self._job(StepName.EXPORT, "export", export_arguments(self._layout, training, dataset))
+
+    def _load(self) -> dict[str, str]:
+        loaded = self._hands.load(self._request, self._bundle(), self._file.folder)
+        path = self._file.folder / "loaded.json"
+        path.write_bytes(msgspec.json.encode(loaded))
+        return {"loaded": str(path)}
+
+    def _job(self, step: StepName, module: str, arguments: list[str]) -> dict[str, str]:
+        """Run a job; the first time in this rehearsal from scratch, later from where it was."""
+        again = step not in self._ledger.begun
+        log = self._file.folder / f"{step.value}.log"
+        if again:
+            log.unlink(missing_ok=True)
+            self._ledger = msgspec.structs.replace(self._ledger, begun=(*self._ledger.begun, step))
+        extra = ["--again"] if again and step is not StepName.EXPORT else []
+        return self._hands.job(f"workloads.{module}", [*arguments, *extra], log, append=not again).made
+
+    def _step(self, name: StepName, title: str, do: Callable[[], dict[str, str]]) -> None:
+        """Do a step unless it is done, and what it made still there."""
+        done = self._ledger.step(name)
+        if done is not None and all(Path(path).exists() for path in done.made.values() if path.startswith("/")):
+            self._console.print(f"[bold]{name.value}[/]: done before the interruption, in {done.seconds:.0f} s")
+            return
+        self._console.print(f"[bold]{name.value}[/]: {title}")
+        self._file.write(self._ledger)
+        began = time.monotonic()
+        made = do()
+        finished = Done(name=name, seconds=time.monotonic() - began, made=made, note="")
+        with shield():
+            others = tuple(one for one in self._ledger.done if one.name is not name)
+            self._ledger = msgspec.structs.replace(self._ledger, done=(*others, finished))
+            self._file.write(self._ledger)
+        self._console.print(f"[bold]{name.value}[/]: done in {finished.seconds:.0f} s")
+
+    def _bundle(self) -> Path:
+        if self._request.reuse_bundle:
+            return self._hands.newest_bundle()
+        return self._ledger.made(StepName.EXPORT, "bundle")
+
+    def _verdict(self) -> Verdict:
+        loaded = msgspec.json.decode(self._ledger.made(StepName.LOAD, "loaded").read_bytes(), type=Loaded)
+        dataset, bundle, quality = facts_of(self._layout, self._bundle())
+        lines = []
+        log = self._file.folder / f"{StepName.TRAIN.value}.log"
+        if log.exists():
+            lines = [line for text in log.read_text(errors="replace").splitlines() if (line := parse(text))]
+        r = self._request
+        found = verdict.build(
+            dataset=dataset,
+            bundle=bundle,
+            quality=quality,
+            load=loaded.load,
+            memory=loaded.memory,
+            durability=loaded.durability,
+            steps=[verdict.Step(name=one.name.value, seconds=one.seconds, note=one.note) for one in self._ledger.done],
+            curves=verdict.curves(lines),
+            injected=r.injections,
+            notes=["The bundle was made by an earlier run."] if r.reuse_bundle else [],
+            reproduce=reproduce(r),
+        )
+        r.out.mkdir(parents=True, exist_ok=True)
+        verdict.write(found, r.out / "verdict.json")
+        return found
+
+    def _greet(self) -> None:
+        finished = [one.name.value for one in self._ledger.done]
+        if finished:
+            self._console.print(f"going on with the interrupted rehearsal; done already: {', '.join(finished)}")
+
+    def _conclude(self, found: Verdict) -> None:
+        out = self._console
+        out.print()
+        if found.quality is not None:
+            out.print(quality_table(found.quality))
+        if found.load is not None:
+            out.print(load_table(found.load))
+        for breach in found.breaches:
+            out.print(f"[red]breach[/] {escape(breach.sentence)}", soft_wrap=True)
+        word = "[bold green]passed[/]" if found.passed else f"[bold red]failed[/], {len(found.breaches)} breaches"
+        out.print(f"verdict: {word}   {escape(str(self._request.out / 'report.html'))}")
+        if self._request.keep_up:
+            out.print("both sites are still up: `rankbridge status`, `rankbridge down`")
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One rehearsal at a time in one home of state. Raises DeskError."""
+        self._layout.run.mkdir(parents=True, exist_ok=True)
+        with (self._layout.run / _HEARTBEAT).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise DeskError("another rehearsal is running here", "wait for it, or end it with Ctrl-C") from error
+            yield
+
+
+class LocalHands:
+    """The real hands: jobs and servers of this machine."""
+
+    def __init__(self, layout: Layout, console: Console) -> None:
+        self._layout = layout
+        self._console = console
+        self._serving = Serving.of(layout, say=lambda text: console.print(f"  {escape(text)}", soft_wrap=True))
+
+    def check(self, request: Request) -> None:
+        """See Hands."""
+        serving = self._serving
+        with serving.supervisor.lock():
+            serving.make_way(Owner.REHEARSAL)
+        plan, _ = serving.plan(self._layout.bundles / "none", request.ports, request.injections)
+        preflight.refuse(
+            preflight.rehearsal(self._layout, serving.processes(plan), request.data.path, request.out)
+            if not request.reuse_bundle
+            else preflight.serving(self._layout, serving.processes(plan))
+        )
+        if request.reuse_bundle:
+            self.newest_bundle()
+
+    def job(self, module: str, arguments: Sequence[str], log: Path, *, append: bool) -> ResultLine:
+        """See Hands."""
+        with jobs.viewing(self._console) as view:
+            return jobs.run(module, arguments, log=log, view=view, root=self._layout.root, append=append)
+
+    def newest_bundle(self) -> Path:
+        """See Hands."""
+        return self._serving.bundle(None)
+
+    def load(self, request: Request, bundle: Path, folder: Path) -> Loaded:
+        """See Hands."""
+        serving = self._serving
+        plan, facts = serving.plan(bundle, request.ports, request.injections)
+        files = LoadFiles(folder)
+        wanted = LoadPlan(
+            host=plan.addresses.url(HOME, Listener.GATEWAY),
+            also_host=plan.addresses.url(AWS, Listener.GATEWAY),
+            also_share=AWS_SHARE,
+            rate=request.rate,
+            seconds=request.load_seconds,
+            min_samples=request.min_samples,
+            seed=request.seed if request.seed is not None else 1,
+        )
+        finished = False
+        try:
+            with jobs.viewing(self._console) as view:
+                serving.up(plan, facts, owner=Owner.UP if request.keep_up else Owner.REHEARSAL, view=view)
+                judged = load_runs.run(wanted, files, root=self._layout.root, view=view)
+            # Asked right after the load: page tables are at their largest, and asking during it would cost latency.
+            memory = [
+                ProcessMemory(site=site, role=role, pss_mb=held / 2**20)
+                for name, held in serving.supervisor.pss_bytes().items()
+                for site, _, role in [name.partition("-")]
+            ]
+            finished = True
+        finally:
+            if not (finished and request.keep_up):
+                with shield():
+                    serving.down()
+        return Loaded(load=judged, memory=memory, durability=durability(files.acknowledged, self._layout.events))
+
+
+def durability(acknowledged: Path, store: Path) -> Durability:
+    """Look for every acknowledged event in the intake's store. A store that is not there has none of them."""
+    ids = acknowledged.read_text().split() if acknowledged.exists() else []
+    found = 0
+    if store.exists():
+        with contextlib.closing(sqlite3.connect(f"file:{store}?mode=ro", uri=True)) as events:
+            for start in range(0, len(ids), _IDS_AT_ONCE):
+                some = ids[start : start + _IDS_AT_ONCE]
+                marks = ",".join("?" * len(some))
+                query = f"SELECT count(*) FROM events WHERE event_id IN ({marks})"  # noqa: S608 - only marks are put in
+                found += int(events.execute(query, some).fetchone()[0])
+    return Durability(acknowledged=len(set(ids)), found=found)
+
+
+def facts_of(layout: Layout, bundle: Path) -> tuple[DatasetFacts | None, BundleFacts, QualityReport]:
+    """What a bundle says of itself, and its data set where that is still here."""
+    manifest = manifests.decode((bundle / manifests.MANIFEST).read_bytes())
+    dataset = None
+    for folder in (layout.site(HOME.name) / "datasets").glob(f"*-{manifest.dataset_digest[: manifests.SHORT]}"):
+        splits = msgspec.json.decode((folder / SPLITS).read_bytes(), type=SplitReport)
+        dataset = DatasetFacts.of(read_meta(folder), splits)
+    return dataset, BundleFacts.of(bundle.name, manifest), manifest.quality
+
+
+def reproduce(request: Request) -> list[str]:
+    """Commands that do all of this again; a data file by its name alone, since paths are of one machine."""
+    words = []
+    if request.data.path is not None:
+        words.append(f"DATA={request.data.kind}={request.data.path.name}")
+    options = []
+    for name in ("users", "items", "events", "seed", "load_seconds", "min_samples"):
+        value = getattr(request, name)
+        if value is not None:
+            options.append(f"--{name.replace('_', '-')} {value:.15g}")
+    if request.rate != load_runs.MIX_PER_S:
+        options.append(f"--rate {request.rate:g}")
+    options += [f"--inject {one}" for one in request.injections]
+    if request.reuse_bundle:
+        options.append("--reuse-bundle")
+    if options:
+        words.append(f'ARGS="{" ".join(options)}"')
+    return [" ".join(["make rehearse", *words])]
+
+
+def data_arguments(
+    layout: Layout, source: DataSource, *, users: int | None, items: int | None, events: int | None, seed: int | None
+) -> list[str]:
+    """Command line of the data job."""
+    arguments = ["--source", str(source), "--home", str(layout.home)]
+    for name, value in (("users", users), ("items", items), ("events", events), ("seed", seed)):
+        if value is not None:
+            arguments += [f"--{name}", str(value)]
+    return arguments
+
+
+def training_arguments(layout: Layout, dataset: Path, *, seed: int | None) -> list[str]:
+    """Command line of the training job."""
+    arguments = ["--dataset", str(dataset), "--home", str(layout.home)]
+    return arguments if seed is None else [*arguments, "--seed", str(seed)]
+
+
+def export_arguments(layout: Layout, training: Path, dataset: Path) -> list[str]:
+    """Command line of the export job."""
+    return ["--training", str(training), "--dataset", str(dataset), "--home", str(layout.home)]
+
+
+def newest_dataset(layout: Layout) -> Path:
+    """The data set that was prepared last. Raises DeskError when there is none."""
+    return _newest(layout.site(HOME.name) / "datasets", "*-*", "there is no prepared data set", "`rankbridge data`")
+
+
+def newest_training(layout: Layout) -> Path:
+    """The training that was finished last. Raises DeskError when there is none."""
+    return _newest(layout.work, "train-*", "nothing has been trained", "`rankbridge train`")
+
+
+def _newest(folder: Path, pattern: str, fault: str, remedy: str) -> Path:
+    found = [path for path in folder.glob(pattern) if path.is_dir() and not path.name.startswith(".")]
+    if not found:
+        raise DeskError(fault, f"make one: {remedy}")
+    return max(found, key=lambda path: path.stat().st_mtime)
