@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-import time
 from pathlib import Path
 
 from prometheus_client import Counter
@@ -23,6 +22,7 @@ from workloads.gateway.doors import HttpIntake, HttpRetrieval, TritonRanker
 from workloads.gateway.identity import CloudEdge, Edge, HomeEdge
 from workloads.gateway.ladder import Reason
 from workloads.gateway.pipeline import Pipeline
+from workloads.gateway.timing import SystemClock
 from workloads.telemetry import log
 from workloads.telemetry.metrics import StageMetrics, new_registry
 from workloads.telemetry.service import CannotStartError, run
@@ -87,8 +87,7 @@ def _build(site: Site, options: argparse.Namespace) -> Gateway:
         ranker=ranker,
         retrieval=retrieval,
         profiles=profiles,
-        now_s=time.perf_counter,
-        wall_ms=lambda: time.time_ns() // 1_000_000,
+        clock=SystemClock(),
         on_fault=lambda reason: children[reason].inc(),
     )
     app = Gateway(

@@ -45,8 +45,9 @@ from workloads.gateway import openapi, problems
 from workloads.gateway.catalogue_sample import Sampler
 from workloads.gateway.doors import Intake, IntakeFault, Ranker, Retrieval
 from workloads.gateway.identity import Edge
-from workloads.gateway.pipeline import Pipeline, Timer
+from workloads.gateway.pipeline import Pipeline
 from workloads.gateway.problems import Refused
+from workloads.gateway.timing import Timer
 from workloads.telemetry import log
 from workloads.telemetry.metrics import StageMetrics, render
 
@@ -230,7 +231,7 @@ class Gateway:
         total = timer.spent_ms()
         for stage, spent in served.stages_ms.items():
             metrics.stage(name, stage, spent)
-        metrics.stage(name, "own", total - timer.waited_ms)
+        metrics.stage(name, "own", total - timer.waited_ms())
         metrics.request(name, total)
         metrics.answer(name, served.rung, served.reason)
         timing = ", ".join([f"{stage};dur={spent}" for stage, spent in served.stages_ms.items()])

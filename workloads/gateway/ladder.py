@@ -23,8 +23,9 @@ BEST_RUNG: Final[dict[str, int]] = {
 WORTH_TRYING_MS: Final = 1.0
 """With less time than this a call to a neighbour is not begun."""
 
-LATE_IN_A_ROW: Final = 5
-"""So many late answers in a row open a circuit; one can be a pause of ours. What refuses opens at once."""
+FAILURES_IN_A_ROW: Final = 8
+"""So many open a circuit. Fewer can be one pause of a busy machine, or one client's requests that a neighbour cannot
+digest, and neither may cost the others their rung."""
 PROBE_FIRST_S: Final = 0.1
 PROBE_LAST_S: Final = 0.5
 """Probes of a lost neighbour come after this at first, and doubling up to the last: recovery is met within a second."""
@@ -49,10 +50,6 @@ class Reason(enum.StrEnum):
     RETRIEVAL_FAULT = "retrieval_fault"
     RETRIEVAL_OTHER_BUNDLE = "retrieval_other_bundle"
     RETRIEVAL_EMPTY = "retrieval_empty"
-
-
-_PATIENT: Final = frozenset({Reason.RANKER_LATE, Reason.RANKER_BUSY, Reason.RETRIEVAL_LATE})
-"""Faults that one slow moment explains."""
 
 
 def counts_as_late(stage: Stage, budget_ms: float) -> bool:
@@ -97,7 +94,7 @@ class Circuit:
 
     def __init__(self) -> None:
         self._reason: Reason | None = None
-        self._late = 0
+        self._failures = 0
         self._wait_s = PROBE_FIRST_S
         self._probe_at_s = 0.0
         self._probing = False
@@ -119,7 +116,7 @@ class Circuit:
     def succeeded(self) -> bool:
         """The neighbour answered well, whoever asked. True when this closed the circuit."""
         closed = self._reason is not None
-        self._reason, self._late, self._wait_s, self._probing = None, 0, PROBE_FIRST_S, False
+        self._reason, self._failures, self._wait_s, self._probing = None, 0, PROBE_FIRST_S, False
         return closed
 
     def failed(self, reason: Reason, given: Leave, now_s: float) -> bool:
@@ -128,8 +125,8 @@ class Circuit:
         A call that began while the circuit was closed and fails while it is open says nothing new.
         """
         if self._reason is None:
-            self._late = self._late + 1 if reason in _PATIENT else LATE_IN_A_ROW
-            if self._late < LATE_IN_A_ROW:
+            self._failures += 1
+            if self._failures < FAILURES_IN_A_ROW:
                 return False
             self._reason, self._probe_at_s = reason, now_s + self._wait_s
             return True

@@ -46,6 +46,7 @@ from workloads.gateway.ladder import (
     rank_budget_ms,
     ranks,
 )
+from workloads.gateway.timing import Clock, Timer
 from workloads.gateway.traditional import Traditional
 from workloads.telemetry import log
 
@@ -57,38 +58,6 @@ SPARE: Final = 2
 
 _nobody: Final = np.empty(0, dtype=np.int32)
 _logger = log.get(component="pipeline")
-
-
-class Timer:
-    """A request's time: since it came in, until its deadline, and stage by stage.
-
-    `now_s` is a clock that does not go back. A stage may be timed in several pieces.
-    """
-
-    def __init__(self, now_s: Callable[[], float], deadline_ms: float) -> None:
-        self._now_s = now_s
-        self._start_s = self._lap_s = now_s()
-        self.deadline_ms = deadline_ms
-        self.stages_ms: dict[str, float] = {}
-
-    def spent_ms(self) -> float:
-        """Since the request came in."""
-        return (self._now_s() - self._start_s) * 1000.0
-
-    def left_ms(self) -> float:
-        """Until the deadline; below 0 after it."""
-        return self.deadline_ms - self.spent_ms()
-
-    def lap(self, stage: Stage) -> None:
-        """What passed since the last lap belongs to `stage`."""
-        now = self._now_s()
-        self.stages_ms[stage.value] = self.stages_ms.get(stage.value, 0.0) + (now - self._lap_s) * 1000.0
-        self._lap_s = now
-
-    @property
-    def waited_ms(self) -> float:
-        """Spent in stages that call a neighbour; the rest is the gateway's own time."""
-        return self.stages_ms.get(Stage.CANDIDATES.value, 0.0) + self.stages_ms.get(Stage.RANK.value, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,12 +101,11 @@ class Pipeline:
         ranker: Ranker,
         retrieval: Retrieval,
         profiles: ProfileStore | None,
-        now_s: Callable[[], float],
-        wall_ms: Callable[[], int],
+        clock: Clock,
         best_rung: Mapping[str, int] = BEST_RUNG,
         on_fault: Callable[[Reason], None] = lambda _: None,
     ) -> None:
-        """`wall_ms` is the time of day since 1970; `on_fault` is told of every failed call to a neighbour."""
+        """`on_fault` is told of every call to a neighbour that brought no usable answer."""
         self.site = site
         self.bundle = bundle
         # Plain arrays: numpy's memmap type pays for its bookkeeping on every operation.
@@ -148,14 +116,13 @@ class Pipeline:
         self._ranker, self._ranker_circuit = ranker, Circuit()
         self._retrieval, self._retrieval_circuit = retrieval, Circuit()
         self._profiles = profiles
-        self._now_s = now_s
-        self._wall_ms = wall_ms
+        self._clock = clock
         self._on_fault = on_fault
         self._profiles_fault: str | None = None
 
     def timer(self, deadline_ms: float) -> Timer:
         """A timer that starts now."""
-        return Timer(self._now_s, deadline_ms)
+        return Timer(self._clock, deadline_ms)
 
     async def recommend(
         self, request: RecommendRequest, user: str | None, timer: Timer
@@ -244,7 +211,7 @@ class Pipeline:
         return BackendState(up=fault is None, detail=fault or "profiles can be read")
 
     def _state(self, user: str | None, history: Sequence[str]) -> UserState:
-        return UserState.of(self._touches(user), history, self._wall_ms(), self.bundle.index)
+        return UserState.of(self._touches(user), history, self._clock.wall_ms(), self.bundle.index)
 
     def _touches(self, user: str | None) -> Sequence[Touch]:
         """What the profile says; nothing for somebody unknown, and while the store cannot be read."""
@@ -357,7 +324,7 @@ class Pipeline:
         """Leave to call. Raises DoorFault when there is no time for it, or the neighbour is known to be lost."""
         if budget_ms < WORTH_TRYING_MS:
             raise DoorFault(Reason.NO_TIME, "the deadline leaves no time")
-        given = circuit.leave(self._now_s())
+        given = circuit.leave(self._clock.now_s())
         if given is Leave.NO:
             raise DoorFault(circuit.reason or Reason.NO_TIME, "not called while its circuit is open")
         return given
@@ -367,7 +334,7 @@ class Pipeline:
         hasty = fault.reason in {Reason.RANKER_LATE, Reason.RETRIEVAL_LATE} and not counts_as_late(stage, budget_ms)
         if hasty:
             circuit.abandoned(given)
-        elif circuit.failed(fault.reason, given, self._now_s()):
+        elif circuit.failed(fault.reason, given, self._clock.now_s()):
             _logger.warning("a neighbour is lost", reason=fault.reason.value, fault=fault.detail)
 
     def _usable(self, answer: CandidatesAnswer) -> Candidates:
@@ -375,12 +342,15 @@ class Pipeline:
         if answer.bundle != self.bundle.id:
             detail = f"retrieval answered from bundle {answer.bundle[:12]!r}, this gateway serves {self.bundle.short}"
             raise DoorFault(Reason.RETRIEVAL_OTHER_BUNDLE, detail)
-        candidates = Candidates(
-            items=np.array(answer.items, dtype=np.int32),
-            scores=np.array(answer.scores, dtype=np.float32),
-            ann=np.array(answer.ann, dtype=np.float32),
-            source=np.array(answer.source, dtype=np.int32),
-        )
+        try:
+            candidates = Candidates(
+                items=np.array(answer.items, dtype=np.int32),
+                scores=np.array(answer.scores, dtype=np.float32),
+                ann=np.array(answer.ann, dtype=np.float32),
+                source=np.array(answer.source, dtype=np.int32),
+            )
+        except OverflowError:
+            raise DoorFault(Reason.RETRIEVAL_FAULT, "retrieval answered indices beyond any catalogue") from None
         items, source = candidates.items, candidates.source
         sound = not len(items) or (
             items.min() > PAD
