@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rankbridge import interrupts, jobs, load, rehearsal
+from rankbridge import interrupts, jobs, load, rehearsal, report, verdict
 from rankbridge.faults import DeskError, ExitCode, ManyFaults
 from rankbridge.layout import Layout
 from rankbridge.rehearsal import DataSource, Rehearsal, Request
@@ -194,6 +194,8 @@ def up(
         plan, facts = running
     else:
         plan, facts = serving.plan(serving.bundle(bundle), port or (), inject or ())
+    if mismatch := serving.mismatch(plan.bundle):
+        _out.print(f"note: {escape(mismatch)}; people are answered as strangers", soft_wrap=True)
     with jobs.viewing(_out) as view:
         serving.up(plan, facts, owner=Owner.UP, view=view)
     _out.print(f"both sites serve bundle {plan.bundle.name[:12]}:")
@@ -288,6 +290,25 @@ def load_command(
         _out.print(f"breach: {escape(breach.sentence)}", soft_wrap=True)
     _out.print(f"{'passed' if judged.passed else 'failed'}; samples and the gate's result are in {out}")
     raise typer.Exit(ExitCode.OK if judged.passed else ExitCode.VERDICT_FAILED)
+
+
+@app.command(name="report")
+def report_command(out: OutOption = Path("out")) -> None:
+    """Make report.html anew from an earlier run's verdict.json in --out.
+
+    Example: `rankbridge report --out out`
+    """
+    source = out / "verdict.json"
+    try:
+        found = verdict.read(source)
+    except OSError as error:
+        raise DeskError(
+            f"cannot read {source}: {error.strerror}", "name the folder of an earlier `rankbridge rehearse`"
+        ) from error
+    except ValueError as error:
+        raise DeskError(str(error), "rehearse again with this version") from error
+    report.write(found, out / "report.html")
+    _out.print(str(out / "report.html"))
 
 
 @app.command()

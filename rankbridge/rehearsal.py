@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from loadtests.gate import LoadResult
-from rankbridge import jobs, preflight, verdict
+from loadtests.samples import write_whole
+from rankbridge import jobs, preflight, report, verdict
 from rankbridge import load as load_runs
 from rankbridge.faults import DeskError
 from rankbridge.interrupts import shield
@@ -257,7 +258,7 @@ class Rehearsal:
     def _load(self) -> dict[str, str]:
         loaded = self._hands.load(self._request, self._bundle(), self._file.folder)
         path = self._file.folder / "loaded.json"
-        path.write_bytes(msgspec.json.encode(loaded))
+        write_whole(path, msgspec.json.encode(loaded))
         return {"loaded": str(path)}
 
     def _job(self, step: StepName, module: str, arguments: list[str]) -> dict[str, str]:
@@ -267,17 +268,19 @@ class Rehearsal:
         if again:
             log.unlink(missing_ok=True)
             self._ledger = msgspec.structs.replace(self._ledger, begun=(*self._ledger.begun, step))
+            self._file.write(self._ledger)
         extra = ["--again"] if again and step is not StepName.EXPORT else []
         return self._hands.job(f"workloads.{module}", [*arguments, *extra], log, append=not again).made
 
     def _step(self, name: StepName, title: str, do: Callable[[], dict[str, str]]) -> None:
         """Do a step unless it is done, and what it made still there."""
         done = self._ledger.step(name)
-        if done is not None and all(Path(path).exists() for path in done.made.values() if path.startswith("/")):
+        still_there = done is not None and all(Path(p).exists() for p in done.made.values() if p.startswith("/"))
+        # Profiles at home are one set: another data set may have been prepared since. The job sees that at once.
+        if done is not None and still_there and name is not StepName.DATA:
             self._console.print(f"[bold]{name.value}[/]: done before the interruption, in {done.seconds:.0f} s")
             return
         self._console.print(f"[bold]{name.value}[/]: {title}")
-        self._file.write(self._ledger)
         began = time.monotonic()
         made = do()
         finished = Done(name=name, seconds=time.monotonic() - began, made=made, note="")
@@ -315,6 +318,7 @@ class Rehearsal:
         )
         r.out.mkdir(parents=True, exist_ok=True)
         verdict.write(found, r.out / "verdict.json")
+        report.write(found, r.out / "report.html")
         return found
 
     def _greet(self) -> None:
@@ -367,8 +371,8 @@ class LocalHands:
             if not request.reuse_bundle
             else preflight.serving(self._layout, serving.processes(plan))
         )
-        if request.reuse_bundle:
-            self.newest_bundle()
+        if request.reuse_bundle and (mismatch := serving.mismatch(self.newest_bundle())):
+            raise DeskError(mismatch, "prepare that data again, or rehearse without --reuse-bundle")
 
     def job(self, module: str, arguments: Sequence[str], log: Path, *, append: bool) -> ResultLine:
         """See Hands."""

@@ -18,8 +18,10 @@ from rankbridge.faults import DeskError
 from rankbridge.layout import Layout
 from rankbridge.roles import Plan, Process, Role, check_injections, parse_ports
 from rankbridge.supervisor import Condition, Facts, GatewayStatus, Owner, ProcessStatus, Say, Supervisor
+from workloads.bundle import manifest as manifests
 from workloads.bundle import store
 from workloads.contract.sites import SITES, AddressBook, SiteName
+from workloads.data.profiles import ProfileStoreError, SqliteProfiles
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,6 +64,18 @@ class Serving:
         except LookupError as error:
             known = ", ".join(sorted(path.name[:12] for path in self.layout.bundles.glob("[0-9a-f]*"))) or "none"
             raise DeskError(str(error), f"bundles here: {known}") from error
+
+    def mismatch(self, bundle: Path) -> str | None:
+        """Why what home knows of people does not go with a bundle, in a sentence; None when it does."""
+        trained_on = manifests.decode((bundle / manifests.MANIFEST).read_bytes()).dataset_digest[: manifests.SHORT]
+        try:
+            with SqliteProfiles(self.layout.profiles) as profiles:
+                prepared = dict(profiles.meta).get("dataset", "unknown")
+        except ProfileStoreError as error:
+            return f"home has no profiles: {error}"
+        if prepared.endswith(trained_on):
+            return None
+        return f"profiles at home are of data set {prepared}, and the bundle was trained on another ({trained_on})"
 
     def plan(self, bundle: Path, ports: Sequence[str], injections: Sequence[str]) -> tuple[Plan, Facts]:
         """What to bring about. Raises DeskError for settings that cannot be."""

@@ -62,6 +62,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=DEFAULT_MAX_BAD_SHARE,
         help="largest share of bad rows that is put up with",
     )
+    parser.add_argument("--again", action="store_true", help="prepare even what was prepared from this input before")
     return parser.parse_args(argv)
 
 
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
-        made = prepare(_request(arguments), arguments.home, progress)
+        made = prepare(_request(arguments), arguments.home, progress, again=arguments.again)
     except (SourceError, TooManyFaultsError, SplitError, KeyFileError) as error:
         progress.fault(fault_of(error), remedy_of(error))
         return EXIT_FAULT

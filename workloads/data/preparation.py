@@ -99,8 +99,10 @@ class Prepared:
     items: int
 
 
-def prepare(request: Request, home: Path, progress: Progress) -> Prepared:
+def prepare(request: Request, home: Path, progress: Progress, *, again: bool = False) -> Prepared:
     """Prepare a data set and what home serves from it, or find that this was done already.
+
+    With `again` it is done even then, and replaces what is there.
 
     Raises SourceError, TooManyFaultsError, SplitError or KeyFileError when nothing can be made; then
     what was there before is still there.
@@ -109,7 +111,7 @@ def prepare(request: Request, home: Path, progress: Progress) -> Prepared:
     progress.step("read", 0, 1)
     key = read_or_create_key(places.key)
     digest = _input_digest(request, key)
-    if (done := _find_done(places, digest)) is not None:
+    if not again and (done := _find_done(places, digest)) is not None:
         progress.note("read", f"{done.dataset.name} was prepared before from the same input; using it")
         return done
     source = _load(request, progress)
