@@ -10,6 +10,7 @@ yet is placed by its content.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -40,16 +41,6 @@ class TwoTowerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     dropout: float = 0.1
 
 
-class ItemEmbedding(nn.Embedding):
-    """Embeddings of item ids [N + 1, VECTOR_DIM]; row PAD is zero and stays so. Both towers read it."""
-
-    def __init__(self, items: int) -> None:
-        super().__init__(items + 1, VECTOR_DIM, padding_idx=PAD)
-        nn.init.normal_(self.weight, std=VECTOR_DIM**-0.5)
-        with torch.no_grad():
-            self.weight[PAD].zero_()
-
-
 class TokenMean(nn.Module):
     """Mean embedding of the hashed tokens of a text; zero for a text without any."""
 
@@ -61,25 +52,25 @@ class TokenMean(nn.Module):
             self.table.weight[PAD].zero_()
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, T] to [B, W]. Gather and masked mean instead of EmbeddingBag, which ONNX has not."""
-        mask = (tokens != PAD).unsqueeze(-1).to(self.table.weight.dtype)  # [B, T, 1]
-        total = (self.table(tokens) * mask).sum(dim=1)  # [B, W]
-        mean: Tensor = total / mask.sum(dim=1).clamp(min=1.0)
+        """Tokens [B, T] to [B, W]. Gather and sum instead of EmbeddingBag, which ONNX has not; PAD's row is zero."""
+        count = (tokens != PAD).sum(dim=1, keepdim=True).to(self.table.weight.dtype)  # [B, 1]
+        mean: Tensor = self.table(tokens).sum(dim=1) / count.clamp(min=1.0)
         return mean
 
 
 class ItemTower(nn.Module):
     """An item's vector: its id's embedding plus what its content says."""
 
-    def __init__(self, config: TwoTowerConfig, ids: ItemEmbedding, tokens: TokenMean) -> None:
+    def __init__(self, config: TwoTowerConfig, tokens: TokenMean) -> None:
         super().__init__()
-        self.ids = ids
+        self.ids = nn.Embedding(config.items + 1, VECTOR_DIM, padding_idx=PAD)
+        nn.init.normal_(self.ids.weight, std=0.02)
+        with torch.no_grad():
+            self.ids.weight[PAD].zero_()
         self.tokens = tokens
         self.categories = nn.Embedding(config.categories + 1, config.category_width)
         width = config.category_width + config.token_width + NUMERIC + IMAGE_DIM
-        self.content = nn.Sequential(
-            nn.Linear(width, config.hidden), nn.GELU(), nn.Dropout(config.dropout), nn.Linear(config.hidden, VECTOR_DIM)
-        )
+        self.content = nn.Sequential(nn.Linear(width, config.hidden), nn.GELU(), nn.Linear(config.hidden, VECTOR_DIM))
         self.id_dropout = config.id_dropout
 
     def forward(self, item: Tensor, category: Tensor, tokens: Tensor, numeric: Tensor, image: Tensor) -> Tensor:
@@ -94,38 +85,48 @@ class ItemTower(nn.Module):
 
 
 class UserTower(nn.Module):
-    """A user's vector from history and context: attention pooling with learned queries, then a residual layer."""
+    """A user's vector: attention pooling over the vectors of the items in the history, then a residual layer.
 
-    def __init__(self, config: TwoTowerConfig, ids: ItemEmbedding) -> None:
+    In training the items' vectors come fresh from the item tower (`pool`); for serving they are kept
+    in `table` (`TwoTower.bake`), so that the tower reads item indices and nothing else.
+    """
+
+    table: Tensor
+
+    def __init__(self, config: TwoTowerConfig) -> None:
         super().__init__()
-        self.ids = ids
-        self.heads = config.heads
-        self.position = nn.Linear(2, VECTOR_DIM)
+        self.register_buffer("table", torch.zeros(config.items + 1, VECTOR_DIM))
+        self.touch = nn.Linear(2, VECTOR_DIM)
         self.attention = nn.Sequential(
             nn.Linear(VECTOR_DIM, VECTOR_DIM), nn.Tanh(), nn.Linear(VECTOR_DIM, config.heads)
         )
-        self.bias = nn.Linear(2, config.heads)
-        self.mix = nn.Linear(config.heads * VECTOR_DIM, VECTOR_DIM)
+        self.fading = nn.Linear(2, config.heads)
+        self.mix = nn.Linear(config.heads * VECTOR_DIM, VECTOR_DIM, bias=False)
         self.deep = nn.Sequential(
             nn.Linear(VECTOR_DIM + len(CONTEXT), config.hidden),
             nn.GELU(),
             nn.Dropout(config.dropout),
             nn.Linear(config.hidden, VECTOR_DIM),
         )
-        self.nobody = nn.Parameter(torch.zeros(VECTOR_DIM))
+        self.anybody = nn.Parameter(torch.zeros(VECTOR_DIM))
+        with torch.no_grad():
+            # Begins as the mean of the heads: a sensible recommender before the first step.
+            self.mix.weight.copy_(torch.eye(VECTOR_DIM).repeat(1, config.heads) / config.heads)
 
     def forward(self, history: Tensor, history_strength: Tensor, history_age_hours: Tensor, context: Tensor) -> Tensor:
-        """History, strength and age [B, H], context [B, 4] to vectors [B, D]; an empty history is nobody's."""
-        mask = history != PAD  # [B, H]
-        known = mask.any(dim=1, keepdim=True).to(context.dtype)  # [B, 1]
-        signs = torch.stack((history_strength, torch.log1p(history_age_hours) / 8.0), dim=-1)  # [B, H, 2]
-        items = self.ids(history)  # [B, H, D]
-        scores = self.attention(items + self.position(signs)) + self.bias(signs)  # [B, H, heads]
-        scores = scores.masked_fill(~mask.unsqueeze(-1), -1e4)
-        weights = torch.softmax(scores, dim=1) * known.unsqueeze(-1)  # [B, H, heads]
-        pooled = torch.einsum("bhd,bhk->bkd", items, weights)  # [B, heads, D]
-        taste = self.mix(pooled.flatten(1)) + (1.0 - known) * self.nobody  # [B, D]
-        vector: Tensor = taste + self.deep(torch.cat((taste, context), dim=-1))
+        """History, strength and age [B, H], context [B, 4] to vectors [B, D]; an empty history is anybody's."""
+        return self.pool(self.table[history], history != PAD, history_strength, history_age_hours, context)
+
+    def pool(self, items: Tensor, known: Tensor, strength: Tensor, age_hours: Tensor, context: Tensor) -> Tensor:
+        """The same from item vectors [B, H, D] and whether there is an item at all [B, H]."""
+        somebody = known.any(dim=1, keepdim=True).to(items.dtype)  # [B, 1]
+        touch = torch.stack((strength - 1.0, torch.log1p(age_hours) / 4.0 - 1.0), dim=-1)  # [B, H, 2]
+        scores = self.attention(items + self.touch(touch)) + self.fading(touch)  # [B, H, heads]
+        scores = scores.masked_fill(~known.unsqueeze(-1), -1e4)
+        weights = torch.softmax(scores, dim=1) * somebody.unsqueeze(-1)  # [B, H, heads]
+        pooled = weights.transpose(1, 2) @ items  # [B, heads, D]
+        taste = self.mix(pooled.flatten(1))  # [B, D]
+        vector: Tensor = taste + self.anybody + self.deep(torch.cat((taste, context), dim=-1))
         return vector
 
 
@@ -151,28 +152,38 @@ class TwoTower(nn.Module):
     def __init__(self, config: TwoTowerConfig) -> None:
         super().__init__()
         self.config = config
-        ids = ItemEmbedding(config.items)
         tokens = TokenMean(config.token_buckets, config.token_width)
-        self.user = UserTower(config, ids)
-        self.item = ItemTower(config, ids, tokens)
+        self.user = UserTower(config)
+        self.item = ItemTower(config, tokens)
         self.query = QueryTower(config, tokens)
 
+    @torch.no_grad()
+    def bake(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Give the user tower the vectors of all items, [N + 1, D] with PAD zero, and return them.
 
-def sampled_softmax(
-    queries: Tensor, items: Tensor, *, wanted: Tensor, targets: Tensor, log_q: Tensor, weights: Tensor
-) -> Tensor:
+        `inputs` are the item tower's for rows 0 to N. Call it after the last step of training.
+        """
+        training = self.training
+        self.eval()
+        vectors: Tensor = self.item(**inputs)
+        vectors[PAD] = 0.0
+        self.user.table.copy_(vectors)
+        self.train(training)
+        return vectors
+
+
+def sampled_softmax(queries: Tensor, items: Tensor, *, wanted: Tensor, targets: Tensor, log_q: Tensor) -> Tensor:
     """Mean sampled softmax loss of each query's item against a batch of items, corrected by logQ.
 
     `queries` [B, D]; `items` [M, D] are the candidates with ids `targets` [M] and log drawing
     probabilities `log_q` [M]; row b's own item is candidate b (M >= B) with id `wanted` [B].
-    Candidates that are the same item as the row's own count once. `weights` [B] weigh the rows.
+    Other candidates that are the row's own item are left out.
     """
     logits = queries @ items.T - log_q  # [B, M]
     own = torch.arange(len(queries))
     same = wanted.unsqueeze(1) == targets.unsqueeze(0)  # [B, M]
     same[own, own] = False
-    losses = F.cross_entropy(logits.masked_fill(same, -1e4), own, reduction="none")
-    return (losses * weights).sum() / weights.sum().clamp(min=1e-6)
+    return F.cross_entropy(logits.masked_fill(same, -1e4), own)
 
 
 def save(model: TwoTower, directory: Path) -> None:
