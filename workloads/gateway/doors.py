@@ -110,13 +110,12 @@ class TritonRanker:
         headers = (("content-type", "application/octet-stream"),)
         self._head = self._at.head("POST", f"/v2/models/{self._model}/infer", headers)
         self._ready = self._at.head("GET", f"/v2/models/{self._model}/ready")
-        self._headers: dict[int, bytes] = {}
+        self._requests: dict[int, tuple[bytes, bytes]] = {}
 
     async def probabilities(self, sparse: Sparse, dense: Floats, timeout_s: float) -> Floats:
         """See `Ranker`."""
         rows = len(sparse)
-        header = self._header(rows, timeout_s)
-        more_head = b"inference-header-content-length: %d\r\n" % len(header)
+        header, more_head = self._request(rows)
         body = (header, sparse.data.cast("B"), dense.data.cast("B"))
         try:
             reply = await self._at.send(self._head, body, timeout_s, more_head)
@@ -128,12 +127,12 @@ class TritonRanker:
             raise self._fault(reply)
         return self._scores(reply, rows)
 
-    def _header(self, rows: int, timeout_s: float) -> bytes:
-        """The JSON part of a request for so many rows; all but the timeout is made once.
+    def _request(self, rows: int) -> tuple[bytes, bytes]:
+        """The JSON part of a request for so many rows, and the header line that says its length; made once each.
 
-        Triton drops a request that waited so long: nobody would read its answer.
+        It names no timeout: Triton would look at one only under a queue policy, and the gateway counts the time itself.
         """
-        made = self._headers.get(rows)
+        made = self._requests.get(rows)
         if made is None:
             inputs = [
                 {
@@ -144,10 +143,9 @@ class TritonRanker:
                 }
                 for spec in RANKER.inputs
             ]
-            made = self._headers[rows] = b'{"inputs":%b,"parameters":{"binary_data_output":true,"timeout":' % (
-                msgspec.json.encode(inputs)
-            )
-        return b"%b%d}}" % (made, timeout_s * 1e6)
+            header = msgspec.json.encode({"inputs": inputs, "parameters": {"binary_data_output": True}})
+            made = self._requests[rows] = header, b"inference-header-content-length: %d\r\n" % len(header)
+        return made
 
     def _fault(self, reply: Reply) -> DoorFault:
         text = _error_text(reply)
@@ -161,7 +159,8 @@ class TritonRanker:
 
     def _scores(self, reply: Reply, rows: int) -> Floats:
         """The tail of the body is the one output; its size says whether it is what was asked for."""
-        start = int(reply.headers.get(b"inference-header-content-length", b"-1"))
+        length = reply.headers.get(b"inference-header-content-length", b"")
+        start = int(length) if length.isdigit() else -1
         if start < 0 or len(reply.body) - start != 4 * rows:
             detail = f"Triton answered {len(reply.body) - start} bytes of scores for {rows} candidates"
             raise DoorFault(Reason.RANKER_NONSENSE, detail)

@@ -68,10 +68,17 @@ class Neighbour:
         end = loop.time() + timeout_s
         length = sum(map(len, body)) if body else 0
         parts = [b"%b%bcontent-length: %d\r\n\r\n" % (head, more_head, length), *body]
-        if self._idle:
-            with contextlib.suppress(_Stale):
-                return await self._exchange(self._idle.pop(), parts, end - loop.time())
-        return await self._exchange(await self._connect(end - loop.time()), parts, end - loop.time())
+        try:
+            if self._idle:
+                with contextlib.suppress(_Stale):
+                    return await self._exchange(self._idle.pop(), parts, end - loop.time())
+            return await self._exchange(await self._connect(end - loop.time()), parts, end - loop.time())
+        except (Late, Unreachable):
+            # A process that a killed neighbour left behind may hold the other connections open, and answer none.
+            for connection in self._idle:
+                connection.abort()
+            self._idle.clear()
+            raise
 
     async def _exchange(self, connection: _Connection, parts: list[bytes | memoryview], timeout_s: float) -> Reply:
         reply = await connection.exchange(parts, timeout_s)

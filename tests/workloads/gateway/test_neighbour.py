@@ -233,6 +233,25 @@ async def test_bytes_that_nobody_asked_for_end_a_connection(server: tuple[Server
     assert made.connections == 2
 
 
+async def test_connections_that_nobody_answers_any_more_cost_one_late_call_and_not_one_each(
+    server: tuple[Server, Neighbour],
+):
+    made, neighbour = server
+    await asyncio.gather(*(neighbour.send(post(neighbour)) for _ in range(5)))
+    old = made.connections
+    never = asyncio.Event()
+
+    async def only_new_ones(body: bytes, writer: asyncio.StreamWriter) -> None:
+        if made.connections == old:
+            await never.wait()
+        await made.answer(body, writer)
+
+    made.behave = only_new_ones
+    with pytest.raises(Late):
+        await neighbour.send(post(neighbour), timeout_s=0.02)
+    assert (await neighbour.send(post(neighbour), timeout_s=5)).status == 200
+
+
 async def test_closing_ends_calls_in_progress(server: tuple[Server, Neighbour]):
     made, neighbour = server
     never = asyncio.Event()
