@@ -27,10 +27,8 @@ from workloads.models import text
 from workloads.retrieval.dense import AnnIndex, Nearest, OnnxTower, Tower, Vector
 from workloads.retrieval.lexical import LexicalIndex
 
-ANN_LIMIT: Final = 400
-"""Items that the index proposes for a user, and as many for a query."""
-POPULAR_LIMIT: Final = 200
-LEXICAL_LIMIT: Final = 200
+LEXICAL_LIMIT: Final = 400
+"""Items that a search proposes by words; as many as by vector."""
 
 HISTORY_MAX: Final = 1000
 """Items of history that a query may carry; a profile holds fewer."""
@@ -89,7 +87,7 @@ class Retriever:
         self._weights = weights
         self._observe = observe
         self._popular = fusion.popular_items(
-            tables.popularity_recent, tables.popularity, tables.in_stock, POPULAR_LIMIT
+            tables.popularity_recent, tables.popularity, tables.in_stock, fusion.POPULAR_LIMIT
         )
 
     def candidates(self, query: CandidatesQuery) -> CandidatesAnswer:
@@ -133,7 +131,7 @@ class Retriever:
         inputs = user_inputs(history.items, history.strengths, history.ages, self._checked_context(query))
         vector = self._user_tower.vector(inputs)
         begun = self._lap("user_tower", begun)
-        ann = _NOBODY if vector is None else self._nearest.search(vector, ANN_LIMIT)
+        ann = _NOBODY if vector is None else self._nearest.search(vector, fusion.ann_count(len(exclude)))
         begun = self._lap("ann", begun)
         sources = fusion.recommend_sources(
             history.items,
@@ -143,6 +141,7 @@ class Retriever:
             neighbours=self._tables.neighbours,
             neighbour_scores=self._tables.neighbour_scores,
             popular=self._popular,
+            exclude=exclude,
         )
         begun = self._lap("item_to_item", begun)
         return self._fuse(sources, vector, exclude, query.count, begun)
@@ -157,7 +156,7 @@ class Retriever:
         vector = self._query_tower.vector({"tokens": tokens[None, :]}) if tokens[0] != PAD else None
         begun = self._lap("query_tower", begun)
         if vector is not None:
-            sources["vector"] = self._nearest.search(vector, ANN_LIMIT)
+            sources["vector"] = self._nearest.search(vector, fusion.ann_count(len(exclude)))
             begun = self._lap("ann", begun)
         elif not len(lexical[0]):
             sources["popular"] = self._popular  # nothing that could be matched: what most people look for
@@ -168,8 +167,9 @@ class Retriever:
         if not len(history.items):
             return self._fuse({"popular": self._popular}, None, exclude, query.count, begun)
         item = history.items[-1:]
+        exclude = np.union1d(exclude, item)
         vector = self._tables.vectors[item[0]]
-        sources = {"vector": self._nearest.search(vector, ANN_LIMIT)}
+        sources = {"vector": self._nearest.search(vector, fusion.ann_count(len(exclude)))}
         begun = self._lap("ann", begun)
         sources["item_to_item"] = fusion.item_to_item_scores(
             item,
@@ -177,9 +177,10 @@ class Retriever:
             history.ages[-1:],
             self._tables.neighbours,
             self._tables.neighbour_scores,
+            exclude=exclude,
         )
         begun = self._lap("item_to_item", begun)
-        return self._fuse(sources, vector, np.union1d(exclude, item).astype(np.int32), query.count, begun)
+        return self._fuse(sources, vector, exclude, query.count, begun)
 
     def _fuse(
         self, sources: Mapping[str, Proposals], vector: Vector | None, exclude: Ints, count: int, begun: float

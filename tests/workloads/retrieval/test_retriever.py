@@ -13,7 +13,7 @@ from workloads.data import fusion
 from workloads.data.features import ItemTables
 from workloads.retrieval.dense import ExactNearest, FixedTower, Vector
 from workloads.retrieval.lexical import LexicalIndex
-from workloads.retrieval.retriever import ANN_LIMIT, HISTORY_MAX, POPULAR_LIMIT, QueryFault, Retriever
+from workloads.retrieval.retriever import HISTORY_MAX, QueryFault, Retriever
 
 N = 30
 BUNDLE = "b" * 64
@@ -112,10 +112,12 @@ def test_serving_proposes_what_training_was_given(bench: Bench):
             history,
             strengths,
             ages,
-            ann=ExactNearest(tables.vectors).search(unit(20), ANN_LIMIT),
+            ann=ExactNearest(tables.vectors).search(unit(20), fusion.ann_count(1)),
             neighbours=tables.neighbours,
             neighbour_scores=tables.neighbour_scores,
-            popular=fusion.popular_items(tables.popularity_recent, tables.popularity, tables.in_stock, POPULAR_LIMIT),
+            popular=fusion.popular_items(
+                tables.popularity_recent, tables.popularity, tables.in_stock, fusion.POPULAR_LIMIT
+            ),
         ),
         tables.vectors,
         unit(20),
