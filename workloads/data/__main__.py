@@ -108,8 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the job; the exit code is 0, 2 for a fault that was said on stdout, or 128 + signal."""
     arguments = _arguments(argv)
     progress = Progress()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         made = prepare(_request(arguments), arguments.home, progress, again=arguments.again)
     except (SourceError, TooManyFaultsError, SplitError, KeyFileError) as error:
@@ -120,6 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAULT
     except _StoppedError as stopped:
         return 128 + stopped.number
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     results = {
         "dataset": str(made.dataset),
         "profiles": str(made.profiles),

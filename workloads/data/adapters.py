@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Final
 import numpy as np
 import polars as pl
 
-from workloads.contract.events import EventType
+from workloads.contract.events import ID_PATTERN, EventType
 from workloads.data.cleaning import ITEM_SCHEMA, RuleCount
 from workloads.data.events import ROW, SAMPLES_PER_RULE, SCHEMA, EventLog, RowFaults, sift, uuid7_column
 from workloads.data.reading import SourceError, file_digest, find_encoding, open_bytes, read_csv, read_parquet
@@ -84,7 +85,7 @@ def load_online_retail(path: Path, *, max_bad_share: float = DEFAULT_MAX_BAD_SHA
             "pieces": ("quantity", pl.col("quantity").cast(pl.Int64, strict=False), "must be a whole number"),
             "unit_price": ("price", pl.col("price").cast(pl.Float64, strict=False), "must be a number"),
         },
-        required=("invoice", "stock"),
+        required=("invoice", "stock", "moment", "quantity", "price"),
         faults=faults,
     )
     faults.stop_above(max_bad_share)
@@ -215,6 +216,7 @@ def _settle_cancellations(lines: pl.DataFrame, rules: list[RuleCount]) -> pl.Dat
 
 # --- sequences ------------------------------------------------------------------------------------
 
+_ID: Final = re.compile(ID_PATTERN)
 SEQUENCE_START_MS: Final = 1_577_836_800_000
 """2020-01-01: where invented times begin."""
 SEQUENCE_TRAIN_DAYS: Final = 300
@@ -246,6 +248,10 @@ def load_sequences(path: Path, *, max_bad_share: float = DEFAULT_MAX_BAD_SHARE, 
                 faults.bad_rows += 1
             elif name in users:
                 faults.add("user", "must be unique; an earlier line has it", [number], [name], count=1)
+                faults.bad_rows += 1
+            elif wrong := [word for word in words if not _ID.search(word)]:
+                field = "user" if wrong[0] is name else "item"
+                faults.add(field, f"must match {ID_PATTERN}", [number], [wrong[0]], count=1)
                 faults.bad_rows += 1
             else:
                 users[name] = (number, basket)
@@ -442,11 +448,6 @@ def _parse(
         (source, rule, pl.col(name).is_null() & pl.col(source).is_not_null())
         for name, (source, _, rule) in typed.items()
     ]
-    checks += [
-        (source, "is required", pl.col(source).is_null())
-        for source, _, _ in typed.values()
-        if source not in required and source in {"moment", "quantity"}
-    ]
     bad = pl.repeat(value=False, n=frame.height, eager=True)
     for name, rule, broken in checks:
         mask = frame.select(broken.alias("broken"))["broken"]
@@ -522,8 +523,8 @@ def derive_items(log: EventLog, texts: pl.DataFrame | None) -> pl.DataFrame:
     return items.with_columns(pl.col(*TEXT_COLUMNS).fill_null("")).select(*ITEM_SCHEMA).sort("item")
 
 
-CATEGORY_ITEMS_MIN: Final = 12
-CATEGORIES_MAX: Final = 48
+CATEGORY_ITEMS_MIN: Final = 8
+CATEGORIES_MAX: Final = 96
 OTHER: Final = "other"
 
 _NOT_A_HEAD: Final = frozenset(
@@ -542,8 +543,8 @@ def derive_categories(titles: pl.Series) -> pl.Series:
     """A coarse category per title: its head word, the last word that says what the thing is.
 
     English product names end in their noun ("cream cupid hearts coat HANGER"), before any "of", "in" or
-    "with". Colours, sizes and motifs are no heads; plurals count as singulars. Head words of fewer than 12
-    products, and all but the 48 most frequent, become "other". The same titles give the same categories.
+    "with". Colours, sizes and motifs are no heads; plurals count as singulars. Head words of fewer than 8
+    products, and all but the 96 most frequent, become "other". The same titles give the same categories.
     """
     candidates = [_heads(title) for title in titles.to_list()]
     count = Counter(words[0] for words in candidates if words)

@@ -22,7 +22,7 @@ from workloads.data.cleaning import RuleCount, drop_repeats, drop_unknown_items,
 from workloads.data.dataset import DatasetMeta, FaultSummary, find_prepared, read_meta, write_dataset
 from workloads.data.events import POSITIVE, EventLog, RowFaults, TooManyFaultsError
 from workloads.data.profile_builder import build_profiles
-from workloads.data.profiles import ProfileStoreError, SqliteProfiles, write_profiles
+from workloads.data.profiles import write_profiles
 from workloads.data.pseudonym import FIRST_EPOCH, KeyFileError, PseudonymKey, read_or_create_key
 from workloads.data.reading import SourceError, file_digest
 from workloads.data.source import SourceData
@@ -77,6 +77,11 @@ class Places:
     def users_sample(self) -> Path:
         """Raw user ids for load users; never leaves home."""
         return self.home / "onprem" / "users-sample.json"
+
+    @property
+    def mark(self) -> Path:
+        """Which data set the profiles and the sample belong to; written last."""
+        return self.home / "onprem" / "prepared.json"
 
     @property
     def fault_reports(self) -> Path:
@@ -148,7 +153,9 @@ def prepare(request: Request, home: Path, progress: Progress, *, again: bool = F
     progress.step("write", 1, 1, "data set", events=len(hidden))
     report = _write_fault_report(places.fault_reports / f"{dataset.path.name}.jsonl", source.faults)
     _write_users_sample(places.users_sample, raw_users, seed=digest)
-    write_profiles(places.profiles, build_profiles(hidden), _done_marks(dataset.path.name, digest, places.users_sample))
+    write_profiles(places.profiles, build_profiles(hidden), {"dataset": dataset.path.name})
+    mark = msgspec.json.encode(_mark(places, dataset.path.name))
+    write_private(places.mark, lambda descriptor: _write_all(descriptor, mark))
     progress.step("profiles", 1, 1, "users", users=len(raw_users))
     return _prepared(places, dataset.path, dataset.meta, report, reused=False)
 
@@ -237,21 +244,32 @@ def _summary(faults: RowFaults, max_bad_share: float) -> FaultSummary:
     )
 
 
-def _done_marks(dataset: str, input_digest: str, sample: Path) -> dict[str, str]:
-    return {"dataset": dataset, "input_digest": input_digest, "users_sample_sha256": file_digest(sample)}
+class _Mark(msgspec.Struct, frozen=True, kw_only=True):
+    """`prepared.json`: a data set, and the files beside it that were made from it."""
+
+    dataset: str
+    profiles_sha256: str
+    users_sample_sha256: str
+
+
+def _mark(places: Places, dataset: str) -> _Mark:
+    return _Mark(
+        dataset=dataset,
+        profiles_sha256=file_digest(places.profiles),
+        users_sample_sha256=file_digest(places.users_sample),
+    )
 
 
 def _find_done(places: Places, digest: str) -> Prepared | None:
     """Everything a run of this input would make, if all of it is there and whole."""
     path = find_prepared(places.datasets, digest)
-    if path is None or not places.users_sample.is_file():
+    if path is None:
         return None
     try:
-        with SqliteProfiles(places.profiles) as store:
-            marks = dict(store.meta)
-    except ProfileStoreError:
-        return None
-    if any(marks.get(name) != value for name, value in _done_marks(path.name, digest, places.users_sample).items()):
+        mark = msgspec.json.decode(places.mark.read_bytes(), type=_Mark)
+        if mark != _mark(places, path.name):
+            return None
+    except (OSError, msgspec.DecodeError, SourceError):
         return None
     report = places.fault_reports / f"{path.name}.jsonl"
     return _prepared(places, path, read_meta(path), report if report.is_file() else None, reused=True)

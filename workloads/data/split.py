@@ -7,6 +7,7 @@ A part that differs is no fault of the data, it is something to know when readin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, Literal
 
 import msgspec
@@ -158,7 +159,6 @@ def compare(log: EventLog, items: pl.DataFrame, cut: Boundaries) -> SplitReport:
     )
 
 
-_PRICE_BUCKETS: Final = 10
 _POPULARITY_EDGES: Final = (1, 3, 10, 30, 100, 300, 1000, 3000)
 
 
@@ -179,21 +179,25 @@ def _with_popularity(part: pl.DataFrame, train: pl.DataFrame) -> pl.DataFrame:
     """Buckets that train defines: how often it saw the item, and its deciles of price."""
     drawn = train.filter(pl.col("type") != EventType.IMPRESSION.value, pl.col("item").is_not_null())
     seen = drawn.group_by("item").agg(pl.len().alias("seen"))
-    prices = train["paid"].drop_nulls()
-    cuts = (
-        sorted({float(prices.quantile(n / _PRICE_BUCKETS) or 0.0) for n in range(1, _PRICE_BUCKETS)})
-        if len(prices)
-        else []
+    prices = train["paid"].drop_nulls().to_numpy()
+    cuts = sorted({float(cut) for cut in np.quantile(prices, np.arange(1, 10) / 10)}) if len(prices) else []
+    joined = part.join(seen, on="item", how="left", maintain_order="left")
+    counted = joined.select(
+        pl.when(pl.col("item").is_not_null() & (pl.col("type") != EventType.IMPRESSION.value)).then(
+            pl.col("seen").fill_null(0)
+        )
+    ).to_series()
+    return joined.with_columns(
+        _bucketed(counted, _POPULARITY_EDGES).alias("popularity of the item"),
+        _bucketed(joined["paid"], cuts).alias("price"),
     )
-    names = [f"{low}+" for low in (0, *_POPULARITY_EDGES)]
-    return part.join(seen, on="item", how="left", maintain_order="left").with_columns(
-        pl.when(pl.col("item").is_not_null() & (pl.col("type") != EventType.IMPRESSION.value))
-        .then(pl.col("seen").fill_null(0).cut([edge - 0.5 for edge in _POPULARITY_EDGES], labels=names).cast(pl.String))
-        .alias("popularity of the item"),
-        pl.col("paid").cut(cuts).cast(pl.String).alias("price")
-        if cuts
-        else pl.lit(None, dtype=pl.String).alias("price"),
-    )
+
+
+def _bucketed(values: pl.Series, edges: Sequence[float]) -> pl.Series:
+    """The bucket each value falls into, named by its lower edge: `0+`, `2.5+`; null stays null."""
+    names = pl.Series([f"{low:g}+" for low in (0, *edges)])
+    bucket = pl.Series(np.searchsorted(np.array(edges, dtype=float), values.fill_null(0).to_numpy(), side="right"))
+    return pl.select(pl.when(values.is_not_null()).then(names.gather(bucket))).to_series()
 
 
 def _counts(name: str, part: pl.DataFrame, start_ms: int, end_ms: int) -> PartCounts:
