@@ -9,6 +9,7 @@ long before each batch: the planted fault of a rehearsal.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ import onnxruntime as ort
 import triton_python_backend_utils as pb
 
 MODEL_FILE = "model.onnx"
+NUMPY_1 = int(np.__version__.partition(".")[0]) < 2
+"""This Triton's stub was built for numpy 1 and misreads numpy 2's arrays: under Python 3.13, for which there is no
+numpy 1, tensors cross by DLPack (https://dmlc.github.io/dlpack) instead."""
 
 
 class TritonPythonModel:
@@ -25,6 +29,8 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Open the ONNX model beside this file. Raises when it is missing or its inputs are not the configured ones."""
+        if not NUMPY_1:
+            sys.unraisablehook = _quiet
         config = json.loads(args["model_config"])
         folder = Path(args["model_repository"]) / args["model_version"]
         options = ort.SessionOptions()
@@ -47,8 +53,7 @@ class TritonPythonModel:
         if self._delay_s:
             time.sleep(self._delay_s)
         feeds = [
-            {name: pb.get_input_tensor_by_name(request, name).as_numpy() for name in self._inputs}
-            for request in requests
+            {name: _array(pb.get_input_tensor_by_name(request, name)) for name in self._inputs} for request in requests
         ]
         results: list[list[np.ndarray[Any, Any]] | str] = [_fault(feed) or [] for feed in feeds]
         sound = [place for place, result in enumerate(results) if not result]
@@ -87,8 +92,22 @@ class TritonPythonModel:
     def _response(self, result: list[np.ndarray[Any, Any]] | str) -> Any:  # noqa: ANN401 - Triton's type
         if isinstance(result, str):
             return pb.InferenceResponse(output_tensors=[], error=pb.TritonError(result, pb.TritonError.INVALID_ARG))
-        tensors = [pb.Tensor(name, array) for name, array in zip(self._outputs, result, strict=True)]
+        tensors = [_tensor(name, array) for name, array in zip(self._outputs, result, strict=True)]
         return pb.InferenceResponse(output_tensors=tensors)
+
+
+def _array(tensor: Any) -> np.ndarray[Any, Any]:  # noqa: ANN401 - Triton's type
+    return tensor.as_numpy() if NUMPY_1 else np.from_dlpack(tensor)
+
+
+def _tensor(name: str, array: np.ndarray[Any, Any]) -> Any:  # noqa: ANN401 - Triton's type
+    return pb.Tensor(name, array) if NUMPY_1 else pb.Tensor.from_dlpack(name, np.ascontiguousarray(array))
+
+
+def _quiet(unraisable: Any, usual: Any = sys.unraisablehook) -> None:  # noqa: ANN401 - the hook's own type is private
+    """The stub renames a capsule that it consumed to a name that numpy does not know: one report per output."""
+    if "PyCapsule_GetPointer called with incorrect name" not in str(unraisable.exc_value):
+        usual(unraisable)
 
 
 def _fault(feed: dict[str, np.ndarray[Any, Any]]) -> str | None:

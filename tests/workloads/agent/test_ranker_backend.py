@@ -18,7 +18,7 @@ from workloads.contract.tensors import RANKER, RANKER_DENSE, RANKER_SPARSE
 
 
 class Tensor:
-    """Triton's tensor."""
+    """Triton's tensor, with both ways in and out."""
 
     def __init__(self, name: str, array: np.ndarray) -> None:
         self.name = name
@@ -26,6 +26,16 @@ class Tensor:
 
     def as_numpy(self) -> np.ndarray:
         return self.array
+
+    def __dlpack__(self, **options: object) -> object:
+        return self.array.__dlpack__(**options)  # type: ignore[arg-type]  # handed on
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.array.__dlpack_device__()
+
+    @classmethod
+    def from_dlpack(cls, name: str, source: np.ndarray) -> "Tensor":
+        return cls(name, np.from_dlpack(source))
 
 
 class Response:
@@ -46,9 +56,10 @@ class Error:
         self.code = code
 
 
-@pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+@pytest.fixture(params=[True, False], ids=["numpy 1", "numpy 2"])
+def backend(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> types.ModuleType:
     """The backend's source as Triton would import it, with Triton's module faked."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # put back what the backend replaces
     fake = types.ModuleType("triton_python_backend_utils")
     fake.Tensor = Tensor  # type: ignore[attr-defined] - a module made of parts
     fake.InferenceResponse = Response  # type: ignore[attr-defined] - as above
@@ -60,6 +71,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "NUMPY_1", request.param)
     return module
 
 
