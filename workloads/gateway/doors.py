@@ -278,7 +278,8 @@ async def _state(at: Neighbour, head: bytes, what: str) -> BackendState:
         return BackendState(up=False, detail=f"{what} did not say whether it is ready in {STATE_TIMEOUT_S:g} s")
     if reply.status == 200:
         return BackendState(up=True, detail=f"{what} is ready")
-    return BackendState(up=False, detail=f"{what} is not ready ({reply.status}): {_error_text(reply)}")
+    said = _error_text(reply)
+    return BackendState(up=False, detail=f"{what} is not ready ({reply.status}){': ' + said if said else ''}")
 
 
 def _error_text(reply: Reply) -> str:
