@@ -267,7 +267,7 @@ def write_dataset(
             _sync(file)
         _sync(draft)
         draft.chmod(0o755)
-        _settle(draft, target, meta)
+        _settle(draft, target)
         _sync(folder)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
@@ -275,9 +275,8 @@ def write_dataset(
     return Dataset(path=target, meta=meta, log=log, items=items)
 
 
-def _settle(draft: Path, target: Path, meta: DatasetMeta) -> None:
+def _settle(draft: Path, target: Path) -> None:
     """Give the finished draft its name; what stands there is replaced (it may be damaged, or of an older run)."""
-    del meta
     if target.exists():
         old = target.with_name(f".draft-{os.getpid()}-replaced-{target.name}")
         target.rename(old)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final, Self
 
 import msgspec
@@ -257,9 +258,10 @@ class RowFaults:
             return
         before = self._totals.get((name, rule), 0)
         self._totals[name, rule] = before + count
-        for left, row, value in zip(range(SAMPLES_PER_RULE - before), rows, values, strict=False):
-            del left
-            self.samples.append(RowFault(row=row, field=name, rule=rule, value=safe_sample(name, value)))
+        kept = islice(zip(rows, values, strict=True), max(0, SAMPLES_PER_RULE - before))
+        self.samples += [
+            RowFault(row=row, field=name, rule=rule, value=safe_sample(name, value)) for row, value in kept
+        ]
 
     @property
     def bad_share(self) -> float:

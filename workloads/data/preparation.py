@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
@@ -154,8 +154,7 @@ def prepare(request: Request, home: Path, progress: Progress, *, again: bool = F
     report = _write_fault_report(places.fault_reports / f"{dataset.path.name}.jsonl", source.faults)
     _write_users_sample(places.users_sample, raw_users, seed=digest)
     write_profiles(places.profiles, build_profiles(hidden), {"dataset": dataset.path.name})
-    mark = msgspec.json.encode(_mark(places, dataset.path.name))
-    write_private(places.mark, lambda descriptor: _write_all(descriptor, mark))
+    _write_private(places.mark, msgspec.json.encode(_mark(places, dataset.path.name)))
     progress.step("profiles", 1, 1, "users", users=len(raw_users))
     return _prepared(places, dataset.path, dataset.meta, report, reused=False)
 
@@ -289,28 +288,21 @@ def _prepared(places: Places, path: Path, meta: DatasetMeta, report: Path | None
     )
 
 
-def write_private(path: Path, write: Callable[[int], None]) -> None:
+def _write_private(path: Path, content: bytes) -> None:
     """A file of mode 0600, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.unlink(missing_ok=True)
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        try:
-            write(descriptor)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         draft.replace(path)
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
-
-
-def _write_all(descriptor: int, content: bytes) -> None:
-    view = memoryview(content)
-    while view:
-        view = view[os.write(descriptor, view) :]
 
 
 def _write_users_sample(path: Path, raw_users: pl.Series, *, seed: str) -> None:
@@ -318,7 +310,7 @@ def _write_users_sample(path: Path, raw_users: pl.Series, *, seed: str) -> None:
     generator = np.random.default_rng(int(seed[:16], 16))
     picked = generator.permutation(len(raw_users))[:USERS_SAMPLE]
     content = msgspec.json.encode(raw_users.gather(np.sort(picked)).to_list())
-    write_private(path, lambda descriptor: _write_all(descriptor, content))
+    _write_private(path, content)
 
 
 def _write_fault_report(path: Path, faults: RowFaults) -> Path | None:
@@ -327,7 +319,7 @@ def _write_fault_report(path: Path, faults: RowFaults) -> Path | None:
         path.unlink(missing_ok=True)
         return None
     content = b"\n".join(msgspec.json.encode(fault) for fault in sorted(faults.samples, key=lambda f: f.row)) + b"\n"
-    write_private(path, lambda descriptor: _write_all(descriptor, content))
+    _write_private(path, content)
     return path
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from workloads.data.pseudonym import PseudonymKey
 from workloads.data.simulator import Simulation, SimulatorConfig, simulate
 
 REPOSITORY = Path(__file__).parents[3]
@@ -17,11 +16,6 @@ REPOSITORY = Path(__file__).parents[3]
 def simulation() -> Simulation:
     """150,000 events of 3,000 people: enough to measure what was planted, two seconds to make."""
     return simulate(SimulatorConfig(users=3_000, items=1_500, events=150_000, seed=7))
-
-
-@pytest.fixture
-def key() -> PseudonymKey:
-    return PseudonymKey(epoch=1, secret=bytes(range(32)))
 
 
 @pytest.fixture(scope="session")

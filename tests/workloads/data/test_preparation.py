@@ -142,6 +142,9 @@ def test_the_same_input_is_not_prepared_twice_and_another_is(tmp_path: Path, cap
     assert again.made == first.made
     assert again.figures == {**first.figures, "reused": 1.0}
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+    asked = made(run(capsys, *SIMULATOR, "--again", *home)[1])
+    assert (asked.made, asked.figures) == (first.made, first.figures)
+    assert [path.name for path in (tmp_path / "onprem" / "datasets").iterdir()] == [Path(first.made["dataset"]).name]
     other = made(run(capsys, *SIMULATOR, "--seed", "2", *home)[1])
     assert other.made["dataset"] != first.made["dataset"]
     assert other.figures["reused"] == 0.0
