@@ -20,15 +20,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rankbridge import interrupts, jobs, load, rehearsal, report, verdict
+from rankbridge import asked, interrupts, jobs, load
+from rankbridge.asked import DataSource, Request
 from rankbridge.faults import DeskError, ExitCode, ManyFaults
 from rankbridge.layout import Layout
-from rankbridge.rehearsal import DataSource, Rehearsal, Request
 from rankbridge.roles import Role
 from rankbridge.serving import Serving, Status
 from rankbridge.supervisor import Condition, Owner
 from rankbridge.tables import load_table
-from workloads.contract.sites import SITES, Listener, SiteName
+from workloads.contract.sites import HOME, SITES, Listener, SiteName
 
 app = typer.Typer(
     name="rankbridge",
@@ -80,9 +80,7 @@ def rehearse(
     *,
     data: DataOption = "simulator",
     out: OutOption = Path("out"),
-    sites: Annotated[
-        rehearsal.SitesForm, typer.Option(help="How the two sites are laid out.")
-    ] = rehearsal.SitesForm.LOOPBACK,
+    sites: Annotated[asked.SitesForm, typer.Option(help="How the two sites are laid out.")] = asked.SitesForm.LOOPBACK,
     users: UsersOption = None,
     items: ItemsOption = None,
     events: EventsOption = None,
@@ -120,6 +118,8 @@ def rehearse(
         reuse_bundle=reuse_bundle,
         keep_up=keep_up,
     )
+    from rankbridge.rehearsal import Rehearsal  # noqa: PLC0415 - plots and frames: a second that `status` need not wait
+
     passed = Rehearsal(_layout(), request, console=_out).run()
     raise typer.Exit(ExitCode.OK if passed else ExitCode.VERDICT_FAILED)
 
@@ -140,7 +140,7 @@ def data(
     """
     source = DataSource.parse(data)
     source.check()
-    _job("data", rehearsal.data_arguments(_layout(), source, users=users, items=items, events=events, seed=seed))
+    _job("data", asked.data_arguments(_layout(), source, users=users, items=items, events=events, seed=seed))
 
 
 @app.command()
@@ -155,7 +155,7 @@ def train(
     Example: `rankbridge train`
     """
     layout = _layout()
-    _job("training", rehearsal.training_arguments(layout, dataset or rehearsal.newest_dataset(layout), seed=seed))
+    _job("training", asked.training_arguments(layout, dataset or asked.newest_dataset(layout), seed=seed))
 
 
 @app.command()
@@ -172,8 +172,8 @@ def export(
     Example: `rankbridge export`
     """
     layout = _layout()
-    folder, source = training or rehearsal.newest_training(layout), dataset or rehearsal.newest_dataset(layout)
-    _job("export", rehearsal.export_arguments(layout, folder, source))
+    folder, source = training or asked.newest_training(layout), dataset or asked.newest_dataset(layout)
+    _job("export", asked.export_arguments(layout, folder, source))
 
 
 @app.command()
@@ -252,7 +252,7 @@ def load_command(
     also_host: Annotated[str | None, typer.Option(help="A second gateway for a share of the requests.")] = None,
     also_share: Annotated[
         float, typer.Option(min=0.01, max=0.99, help="Share of the second gateway.")
-    ] = rehearsal.AWS_SHARE,
+    ] = asked.AWS_SHARE,
     suite: Annotated[str, typer.Option(help=f"One of {', '.join(load.SUITES)}.")] = "mix",
     out: OutOption = Path("out/load"),
     rate: RateOption = load.MIX_PER_S,
@@ -298,6 +298,8 @@ def report_command(out: OutOption = Path("out")) -> None:
 
     Example: `rankbridge report --out out`
     """
+    from rankbridge import report, verdict  # noqa: PLC0415 - as in `rehearse`
+
     source = out / "verdict.json"
     try:
         found = verdict.read(source)
@@ -309,6 +311,47 @@ def report_command(out: OutOption = Path("out")) -> None:
         raise DeskError(str(error), "rehearse again with this version") from error
     report.write(found, out / "report.html")
     _out.print(str(out / "report.html"))
+
+
+@app.command(name="bench")
+def bench_command(
+    *,
+    requests: Annotated[int | None, typer.Option(min=1, help="Recorded requests.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds over all of them.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="What the requests are drawn from.")] = 1,
+    replay: Annotated[Path | None, typer.Option(metavar="FILE", help="Requests of an earlier bench.")] = None,
+    out: OutOption = Path("out"),
+) -> None:
+    """Compare the gateway with the bare parts it is made of, for the same requests, by turns.
+
+    Uses the running sites; when nothing is up, it serves the newest bundle for as long as it takes.
+
+    Example: `rankbridge bench --rounds 9`
+    """
+    from rankbridge import bench  # noqa: PLC0415 - as in `rehearse`
+
+    serving = _serving()
+    running = serving.running_plan() if serving.supervisor.alive() else None
+    plan, facts = running or serving.plan(serving.bundle(None), (), ())
+    options = bench.Options(
+        gateway=plan.addresses.url(HOME, Listener.GATEWAY),
+        triton=plan.addresses.host_port(HOME, Listener.TRITON_HTTP),
+        bundles=_layout().bundles,
+        requests=requests or bench.REQUESTS,
+        rounds=rounds or bench.ROUNDS,
+        seed=seed,
+        replay=replay,
+        out=out,
+    )
+    try:
+        if running is None:
+            with jobs.viewing(_out) as view:
+                serving.up(plan, facts, owner=Owner.REHEARSAL, view=view)
+        bench.run(options, _out)
+    finally:
+        if running is None:
+            with interrupts.shield():
+                serving.down()
 
 
 @app.command()

@@ -131,7 +131,7 @@ def test_a_bug_is_told_as_ours_and_its_traceback_kept_in_a_log(
 
 
 def test_nothing_heavy_is_loaded_before_a_command_needs_it():
-    heavy = {"torch", "locust", "gevent", "onnxruntime", "faiss"}
+    heavy = {"torch", "locust", "gevent", "onnxruntime", "faiss", "polars", "matplotlib"}
     code = f"import sys; from rankbridge import cli; print(sorted({heavy!r} & set(sys.modules)))"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "[]"

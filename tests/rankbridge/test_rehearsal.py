@@ -15,11 +15,12 @@ from rich.console import Console
 from loadtests.budgets import small
 from loadtests.gate import Breach, LoadResult, judge
 from loadtests.samples import Run, RunHeader
-from rankbridge import rehearsal
+from rankbridge import asked
+from rankbridge.asked import DataSource, Request, reproduce
 from rankbridge.faults import DeskError
 from rankbridge.interrupts import Interrupted
 from rankbridge.layout import Layout
-from rankbridge.rehearsal import DataSource, Hands, Loaded, Rehearsal, Request, durability, reproduce
+from rankbridge.rehearsal import Hands, Loaded, Rehearsal, durability
 from rankbridge.verdict import Durability, ProcessMemory
 from workloads.bundle.fake import build_fake_bundle
 from workloads.telemetry.progress import ResultLine
@@ -249,7 +250,7 @@ def test_a_data_file_that_changed_is_another_rehearsal(tmp_path: Path):
 
 def test_what_is_missing_names_the_command_that_makes_it(layout: Layout):
     with pytest.raises(DeskError, match="there is no prepared data set") as error:
-        rehearsal.newest_dataset(layout)
+        asked.newest_dataset(layout)
     assert "rankbridge data" in error.value.remedy
     with pytest.raises(DeskError, match="nothing has been trained"):
-        rehearsal.newest_training(layout)
+        asked.newest_training(layout)
