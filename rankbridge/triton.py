@@ -56,6 +56,7 @@ class Triton:
         result["LD_LIBRARY_PATH"] = ":".join([*map(str, libraries), *filter(None, [base.get("LD_LIBRARY_PATH")])])
         result["PATH"] = f"{self.python / 'bin'}:{base.get('PATH', os.defpath)}"
         result["OMP_NUM_THREADS"] = "1"
+        result["ORT_DISABLE_TELEMETRY"] = "1"
         return result
 
     def command(self, site: Site, addresses: AddressBook, *, repository: Path, scratch: Path) -> list[str]:

@@ -142,6 +142,7 @@ def test_the_environment_leads_to_our_libraries_and_python_and_to_no_other(root:
     assert environment["LD_LIBRARY_PATH"].split(":")[0].endswith("nvidia_pytriton.libs")
     assert environment["LD_LIBRARY_PATH"].endswith(":/opt")
     assert environment["A"] == "b"
+    assert environment["ORT_DISABLE_TELEMETRY"] == "1"
     assert not {"PYTHONPATH", "VIRTUAL_ENV"} & set(environment)
 
 

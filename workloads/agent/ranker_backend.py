@@ -9,12 +9,17 @@ long before each batch: the planted fault of a rehearsal.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+# Read when ONNX Runtime is loaded: without it, it reports to its maker.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 import onnxruntime as ort
 import triton_python_backend_utils as pb
 
