@@ -1,15 +1,18 @@
 """`python -m workloads.agent install|run ...`: bring a bundle to a site, and keep its models in Triton.
 
-`install` is a job (progress lines on stdout, exit code 0, or 2 with a fault line). `run` does the same
+`install` is a job (progress lines on stdout, exit code 0, 2 with a fault line, 128 + signal). `run` does the same
 and is then a server until SIGTERM: it loads the models whenever Triton does not have them.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from workloads.agent.door import HttpTriton
 from workloads.agent.installation import Installation, install
@@ -77,13 +80,29 @@ def main(arguments: list[str] | None = None) -> int:
     return run("agent", options.site, options.listen, build)
 
 
+class _StoppedError(BaseException):
+    """A signal asked the job to end; a BaseException, so that clean-up runs and nothing swallows it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _stop(number: int, _: FrameType | None) -> NoReturn:
+    raise _StoppedError(number)
+
+
 def _install(bring: Callable[[], Installation]) -> int:
     progress = Progress()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         installed = bring()
     except CannotStartError as error:
         progress.fault(error.fault, error.remedy)
         return BAD_INPUT
+    except _StoppedError as stopped:
+        return 128 + stopped.number
     progress.result(
         {
             "bundle": str(installed.bundle.path),

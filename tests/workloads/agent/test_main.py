@@ -1,13 +1,25 @@
 """`python -m workloads.agent`: what a job says when it did its work, and when it could not."""
 
 import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from workloads.agent.__main__ import main
+from workloads.bundle import store
 from workloads.bundle.store import verify
 from workloads.telemetry.progress import FaultLine, Line, ResultLine, parse
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """A job takes the signals of its process; here that is the test run's."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def _install(bundle: Path, site: Path, *more: str) -> int:
@@ -57,6 +69,18 @@ def test_an_unknown_injection_is_a_fault(made: Path, tmp_path: Path, capsys: pyt
     line = _last(capsys)
     assert isinstance(line, FaultLine)
     assert "unknown injection 'ranker-delay=fast'" in line.fault
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_install_that_is_told_to_end_ends_and_leaves_nothing_half_made(
+    number: signal.Signals, code: int, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told_while_syncing(_: Path) -> None:
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(store, "_sync", told_while_syncing)
+    assert _install(made, tmp_path) == code
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_site_directory_that_cannot_be_written_is_a_fault(

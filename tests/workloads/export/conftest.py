@@ -1,5 +1,8 @@
 """A small simulated data set, and a training run of models that learned nothing: enough to export."""
 
+import contextlib
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -18,12 +21,30 @@ from workloads.export.samples import catalogue_inputs
 from workloads.models import ranker, two_tower
 
 
+@contextlib.contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Jobs take the signals of their process; here that is the test run's."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def handlers() -> Iterator[None]:
+    with _handlers_kept():
+        yield
+
+
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """166 people, 120 items, 6,000 events."""
     home = tmp_path_factory.mktemp("home")
     sizes = ("--users", "300", "--items", "120", "--events", "6000", "--days", "60")
-    assert prepare_data(["--source", "simulator", *sizes, "--home", str(home)]) == 0
+    with _handlers_kept():
+        assert prepare_data(["--source", "simulator", *sizes, "--home", str(home)]) == 0
     (path,) = (home / "onprem" / "datasets").iterdir()
     return Dataset.load(path)
 
