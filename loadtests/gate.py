@@ -23,6 +23,9 @@ EXIT_BREACHED = 1
 EXIT_REFUSED = 2
 """The run could not be started as asked."""
 
+WAITED_MS = 1.0
+"""From here on a stage that gave up was waited for."""
+
 BLAMED = {
     Stage.FEATURES.value: "the profile store",
     Stage.CANDIDATES.value: "retrieval",
@@ -79,7 +82,7 @@ def judge(run: Run, budgets: Budgets) -> LoadResult:
     if not budgets.endpoints:
         breaches.append(Breach(what="run", sentence="The run has no budget to keep to, so it proves nothing."))
     if measures.requests == 0:
-        breaches.append(_no_requests("the whole run", None, 0))
+        breaches.append(_no_requests("at all", None, 1))
     else:
         breaches += _generator(measures, budgets)
         for budget in budgets.endpoints:
@@ -107,7 +110,7 @@ def _generator(measures: Measures, budgets: Budgets) -> Iterable[Breach]:
 def _endpoint(budget: Budget, run: Run, measures: Measures, notes: list[str]) -> Iterable[Breach]:
     whole = next((m for m in measures.endpoints if m.endpoint == budget.endpoint), None)
     if whole is None:
-        yield _no_requests(budget.endpoint, budget.endpoint, budget.min_samples)
+        yield _no_requests(f"to {budget.endpoint}", budget.endpoint, budget.min_samples)
         return
     samples = [s for s in run.samples if s.endpoint == budget.endpoint and not s.warmup]
     sites = [m for m in measures.sites if m.endpoint == budget.endpoint]
@@ -147,12 +150,12 @@ def _endpoint(budget: Budget, run: Run, measures: Measures, notes: list[str]) ->
         yield from _ranked(budget, budget.ranked_at_least, whole, notes)
 
 
-def _no_requests(subject: str, endpoint: str | None, allowed: int) -> Breach:
+def _no_requests(where: str, endpoint: str | None, allowed: int) -> Breach:
     return Breach(
         what="no_requests",
-        sentence=f"No request was made to {subject}: a run that asked nothing passes nothing.",
+        sentence=f"No request was made {where}: a run that asked nothing passes nothing.",
         measured=0,
-        allowed=max(1, allowed),
+        allowed=allowed,
         unit="requests",
         endpoint=endpoint,
     )
@@ -310,8 +313,9 @@ def _cause(below: Sequence[Sample]) -> tuple[str | None, str]:
         return guilty, f"{most or 'They '}lack candidates: retrieval was late or gone (stage candidates)."
     if guilty is None:
         return guilty, f"{most or 'They '}had too little time left."
-    spent = sorted(s.stages_ms[guilty] for s in below if guilty in s.stages_ms)
-    waited = f", and they had waited {_ms(quantile(spent, 0.5))} for it at the median" if spent else ""
+    # once the ranker is known to be lost most answers do not wait for it any more
+    spent = sorted(s.stages_ms[guilty] for s in below if s.stages_ms.get(guilty, 0.0) >= WAITED_MS)
+    waited = f"; {len(spent)} had waited for it, {_ms(quantile(spent, 0.5))} at the median" if spent else ""
     return guilty, f"{most or 'They '}lack the ranker's scores: the ranker was late or gone (stage rank){waited}."
 
 

@@ -39,6 +39,7 @@ class Behaviour:
     """How the stub answers; may be changed while it runs."""
 
     site: str = "onprem"
+    bundle: str = BUNDLE
     stages_ms: Mapping[str, float] = dataclasses.field(
         default_factory=lambda: {
             Stage.FEATURES.value: 1.0,
@@ -104,7 +105,9 @@ class StubGateway:
         if (method, path) == ("GET", PATH_SAMPLE):
             return 200, msgspec.json.encode(self._sample())
         if (method, path) == ("GET", PATH_READY):
-            ready = Readiness(ready=True, site=self.behaviour.site, bundle=BUNDLE, backends={}, missing=[])
+            ready = Readiness(
+                ready=True, site=self.behaviour.site, bundle=self.behaviour.bundle, backends={}, missing=[]
+            )
             return 200, msgspec.json.encode(ready)
         if method != "POST":
             return _problem(404, "Unknown path")
@@ -155,7 +158,7 @@ class StubGateway:
                 served=Served(
                     rung=int(behaviour.rung),
                     site=behaviour.site,
-                    bundle=BUNDLE,
+                    bundle=behaviour.bundle,
                     stages_ms=dict(behaviour.stages_ms),
                     reason=behaviour.reason,
                     ranked=behaviour.ranked,

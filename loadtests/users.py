@@ -114,6 +114,8 @@ def _attach(environment: Any, runner: Any, **_rest: Any) -> None:  # noqa: ANN40
             "--master and --worker. One process offers several hundred requests a second."
         )
         raise SystemExit(gate.EXIT_REFUSED)
+    # Locust is about to set the timer of --run-time; by a clock that stood still during imports it would be short
+    gevent.get_hub().loop.update_now()
     load = Load(environment)
     environment.rankbridge_load = load
     environment.events.test_start.add_listener(load.start)
