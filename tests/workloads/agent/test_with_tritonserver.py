@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import random
 import shutil
 import signal
 import socket
@@ -33,6 +34,15 @@ pytestmark = pytest.mark.real_parts
 PATIENCE_S = 30
 
 
+def _free_port() -> int:
+    """A port that nobody listens at, below those that the kernel lends to connections of other tests."""
+    while True:
+        port = random.randrange(12_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 class Server:
     """A tritonserver that a test starts, kills and starts again."""
 
@@ -40,11 +50,7 @@ class Server:
         self.repository = directory / "triton"
         self.repository.mkdir(parents=True, exist_ok=True)
         self.directory = directory
-        with contextlib.ExitStack() as stack:
-            sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
-            for each in sockets:
-                each.bind(("127.0.0.1", 0))
-            ports = [each.getsockname()[1] for each in sockets]
+        ports = [_free_port() for _ in range(3)]
         listeners = (Listener.TRITON_HTTP, Listener.TRITON_GRPC, Listener.TRITON_METRICS)
         self.book = AddressBook(dict(zip(listeners, ports, strict=True)))
         self.site = dataclasses.replace(ONPREM, address="127.0.0.1")
@@ -94,10 +100,10 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def _batch(rows: int) -> dict[str, np.ndarray]:
-    random = np.random.default_rng(rows)
+    numbers = np.random.default_rng(rows)
     return {
-        "sparse": random.integers(0, 60, (rows, len(RANKER_SPARSE))),
-        "dense": random.normal(size=(rows, len(RANKER_DENSE))).astype(np.float32),
+        "sparse": numbers.integers(0, 60, (rows, len(RANKER_SPARSE))),
+        "dense": numbers.normal(size=(rows, len(RANKER_DENSE))).astype(np.float32),
     }
 
 
@@ -168,12 +174,6 @@ async def test_the_configuration_of_a_gpu_site_is_one_that_triton_reads(made: Pa
     async with HttpTriton.open(server.address) as door:
         with pytest.raises(TritonError, match=r"unable to find backend library|instance group .* requires|no GPU"):
             await door.load(model)
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def _status(url: str) -> int:
