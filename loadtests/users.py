@@ -46,6 +46,8 @@ log = logging.getLogger("rankbridge.load")
 
 GENERATOR_OVERRUN = "generator_overrun"
 UNANSWERED = "unanswered at the end of the run"
+LAST_ONES_S = 1.0
+"""After the end, requests get their timeout and this much more, so that each can say itself what became of it."""
 _JSON = {"Content-Type": "application/json", "Accept": "application/json"}
 
 
@@ -174,7 +176,7 @@ class Load:
 
     def finish(self, **_: Any) -> None:  # noqa: ANN401 - Locust's hooks have no types
         """Wait for what is in flight, give up what never comes, judge, and set Locust's exit code."""
-        self._outstanding.join(timeout=self.options.timeout)
+        self._outstanding.join(timeout=self.options.timeout + LAST_ONES_S)
         self._outstanding.kill()
         stopped = self._stopped if self._stopped is not None else time.perf_counter()
         seconds = max(0.0, stopped - self._started - self.options.warmup)
