@@ -32,10 +32,11 @@ SHARED_MEMORY_MB: Final = 64
 
 def refuse(faults: list[DeskError]) -> None:
     """Raise all faults as one; nothing when there is none."""
-    if len(faults) == 1:
-        raise faults[0]
-    if faults:
-        raise ManyFaults(faults)
+    every = [one for fault in faults for one in (fault.faults if isinstance(fault, ManyFaults) else (fault,))]
+    if len(every) == 1:
+        raise every[0]
+    if every:
+        raise ManyFaults(every)
 
 
 def serving(layout: Layout, to_start: Iterable[Process], *, memory_gb: float = MEMORY_SERVE_GB) -> list[DeskError]:

@@ -32,6 +32,7 @@ from rankbridge.faults import DeskError
 from rankbridge.interrupts import shield
 from rankbridge.layout import Layout
 from rankbridge.load import LoadFiles, LoadPlan
+from rankbridge.roles import Process
 from rankbridge.serving import Serving
 from rankbridge.supervisor import Owner
 from rankbridge.tables import load_table, quality_table
@@ -297,14 +298,17 @@ class LocalHands:
         serving = self._serving
         with serving.supervisor.lock():
             serving.make_way(Owner.REHEARSAL)
-        plan, _ = serving.plan(self._layout.bundles / "none", request.ports, request.injections)
-        preflight.refuse(
-            preflight.rehearsal(self._layout, serving.processes(plan), request.data.path, request.out)
-            if not request.reuse_bundle
-            else preflight.serving(self._layout, serving.processes(plan))
-        )
+        faults: list[DeskError] = []
+        to_start: list[Process] = []
+        try:
+            plan, _ = serving.plan(self._layout.bundles / "none", request.ports, request.injections)
+            to_start = serving.processes(plan)
+        except DeskError as fault:
+            faults.append(fault)
+        faults += preflight.rehearsal(self._layout, to_start, request.data.path, request.out)
         if request.reuse_bundle and (mismatch := serving.mismatch(self.newest_bundle())):
-            raise DeskError(mismatch, "prepare that data again, or rehearse without --reuse-bundle")
+            faults.append(DeskError(mismatch, "prepare that data again, or rehearse without --reuse-bundle"))
+        preflight.refuse(faults)
 
     def job(self, module: str, arguments: Sequence[str], log: Path, *, append: bool) -> ResultLine:
         """See Hands."""

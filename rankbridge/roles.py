@@ -9,7 +9,7 @@ import dataclasses
 import enum
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -58,17 +58,14 @@ STOP_WAVES: Final[tuple[tuple[Role, ...], ...]] = (
 _INJECTION = re.compile(r"(ranker-delay)=(\d{1,5})ms")
 
 
-def check_injections(injections: tuple[str, ...]) -> None:
-    """Raises DeskError for one that nothing knows."""
-    for text in injections:
-        if _INJECTION.fullmatch(text) is None:
-            raise DeskError(
-                f"cannot inject {text!r}", "the one known form is ranker-delay=<number>ms, as ranker-delay=80ms"
-            )
+def injection_faults(injections: Sequence[str]) -> list[DeskError]:
+    """One for each injection that nothing knows."""
+    remedy = "the one known form is ranker-delay=<number>ms, as ranker-delay=80ms"
+    return [DeskError(f"cannot inject {text!r}", remedy) for text in injections if not _INJECTION.fullmatch(text)]
 
 
-def parse_ports(settings: tuple[str, ...]) -> AddressBook:
-    """`("gateway=9080",)` as an address book. Raises DeskError that names every fault."""
+def parse_ports(settings: Sequence[str]) -> tuple[AddressBook, list[DeskError]]:
+    """`["gateway=9080"]` as an address book, and everything that is wrong with it; then the book is the usual one."""
     overrides: dict[Listener, int] = {}
     faults = []
     known = ", ".join(listener.value for listener in Listener)
@@ -80,12 +77,11 @@ def parse_ports(settings: tuple[str, ...]) -> AddressBook:
             faults.append(DeskError(f"--port {text}: {number!r} is no port", "write it as --port gateway=9080"))
         else:
             overrides[Listener(name)] = int(number)
-    if faults:
-        raise DeskError("; ".join(fault.fault for fault in faults), faults[0].remedy)
     try:
-        return AddressBook(overrides)
+        return AddressBook(overrides), faults
     except ValueError as error:
-        raise DeskError(str(error), "give each listener a free port of its own between 1024 and 65535") from error
+        remedy = "give each listener a free port of its own between 1024 and 65535"
+        return AddressBook(), [*faults, DeskError(str(error), remedy)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ import msgspec
 from rankbridge import jobs, preflight, triton
 from rankbridge.faults import DeskError
 from rankbridge.layout import Layout
-from rankbridge.roles import Plan, Process, Role, check_injections, parse_ports
+from rankbridge.roles import Plan, Process, Role, injection_faults, parse_ports
 from rankbridge.supervisor import Condition, Facts, GatewayStatus, Owner, ProcessStatus, Say, Supervisor
 from workloads.bundle import manifest as manifests
 from workloads.bundle import store
@@ -79,8 +79,8 @@ class Serving:
 
     def plan(self, bundle: Path, ports: Sequence[str], injections: Sequence[str]) -> tuple[Plan, Facts]:
         """What to bring about. Raises DeskError for settings that cannot be."""
-        check_injections(tuple(injections))
-        addresses = parse_ports(tuple(ports))
+        addresses, faults = parse_ports(ports)
+        preflight.refuse([*faults, *injection_faults(injections)])
         overrides = {listener.value: port for listener, port in addresses.overrides.items()}
         facts = Facts(bundle=str(bundle), ports=overrides, injections=tuple(injections))
         return Plan(self.layout, addresses, bundle, tuple(injections)), facts

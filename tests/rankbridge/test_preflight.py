@@ -12,7 +12,7 @@ import pytest
 from rankbridge import preflight
 from rankbridge.faults import DeskError, ManyFaults
 from rankbridge.layout import Layout
-from rankbridge.roles import Process, Role, check_injections, parse_ports
+from rankbridge.roles import Process, Role, injection_faults, parse_ports
 from workloads.contract.sites import Listener
 
 MakeStub = Callable[..., Process]
@@ -79,21 +79,36 @@ def test_a_rehearsal_is_told_all_faults_together(layout: Layout, stub: MakeStub,
     assert len(faults) >= 3
 
 
-def test_a_port_override_that_cannot_be_is_refused_with_the_names_there_are():
-    with pytest.raises(DeskError, match="no listener is called 'web'") as error:
-        parse_ports(("web=9080",))
-    assert "gateway" in error.value.remedy
-    with pytest.raises(DeskError, match="is no port"):
-        parse_ports(("gateway=many",))
-    with pytest.raises(DeskError, match="between 1024 and 65535"):
-        parse_ports(("gateway=80",))
-    with pytest.raises(DeskError, match="given to both"):
-        parse_ports(("gateway=8081",))
-    assert parse_ports(("gateway=9080",)).port(Listener.GATEWAY) == 9080
+@pytest.mark.parametrize(
+    ("setting", "fault"),
+    [
+        ("web=9080", "no listener is called 'web'"),
+        ("gateway=many", "'many' is no port"),
+        ("gateway", "'' is no port"),
+        ("gateway=80", "between 1024 and 65535"),
+        ("gateway=8081", "given to both"),
+    ],
+)
+def test_a_port_override_that_cannot_be_is_a_fault(setting: str, fault: str):
+    book, (found,) = parse_ports([setting])
+    assert fault in found.fault
+    assert book.port(Listener.GATEWAY) == 8080
+
+
+def test_every_wrong_override_is_told_and_a_right_one_holds():
+    assert len(parse_ports(["web=1", "intake=x", "gateway=9080"])[1]) == 2
+    book, faults = parse_ports(["gateway=9080"])
+    assert (book.port(Listener.GATEWAY), faults) == (9080, [])
 
 
 def test_only_a_known_injection_passes():
-    check_injections(("ranker-delay=80ms",))
-    for wrong in ("ranker-delay", "ranker-delay=80", "ranker-delay=-1ms", "retrieval-delay=80ms"):
-        with pytest.raises(DeskError, match="cannot inject"):
-            check_injections((wrong,))
+    assert injection_faults(["ranker-delay=80ms"]) == []
+    wrong = ["ranker-delay", "ranker-delay=80", "ranker-delay=-1ms", "retrieval-delay=80ms"]
+    assert [f"cannot inject {text!r}" for text in wrong] == [fault.fault for fault in injection_faults(wrong)]
+
+
+def test_faults_within_faults_are_told_one_by_one():
+    inner = ManyFaults([DeskError("one", "a"), DeskError("two", "b")])
+    with pytest.raises(ManyFaults) as error:
+        preflight.refuse([inner, DeskError("three", "c")])
+    assert [fault.fault for fault in error.value.faults] == ["one", "two", "three"]
