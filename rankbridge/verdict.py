@@ -22,7 +22,7 @@ from loadtests.samples import write_whole
 from rankbridge.faults import ExitCode
 from workloads.bundle.manifest import SHORT, Manifest
 from workloads.contract.quality import BUDGETS, DATASET_BUDGETS, QualityBudget, QualityReport
-from workloads.contract.slo import SERVING_PSS_MAX_MB
+from workloads.contract.slo import P99_SAMPLES, SERVING_PSS_MAX_MB
 from workloads.data.dataset import DatasetMeta
 from workloads.data.split import SplitReport
 from workloads.telemetry.progress import Line, ProgressLine
@@ -302,7 +302,7 @@ def build(
         ledger=list(ledger) if ledger is not None else local_ledger(simulated=dataset is None or dataset.simulated),
         machine=machine(),
         injected=list(injected),
-        notes=[*notes, *(load.notes if load is not None else [])],
+        notes=[*notes, *_small_run(load), *(load.notes if load is not None else [])],
         reproduce=list(reproduce),
     )
 
@@ -422,6 +422,17 @@ def _load_breaches(load: LoadResult | None) -> Iterable[Breach]:
         yield Breach(what="no_requests", sentence="No load was run, so nothing is known about time.")
     else:
         yield from load.breaches
+
+
+def _small_run(load: LoadResult | None) -> Iterable[str]:
+    if load is None:
+        return
+    fewest = min((b.min_samples for b in load.budgets.endpoints), default=P99_SAMPLES)
+    if fewest < P99_SAMPLES:
+        yield (
+            f"This was a small run: its quantiles need only {fewest} samples behind them and no rate was asked for; "
+            f"the product's promise needs {P99_SAMPLES} under its full traffic."
+        )
 
 
 def _memory(processes: Sequence[ProcessMemory]) -> Memory:

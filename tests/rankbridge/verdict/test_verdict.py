@@ -148,6 +148,13 @@ def test_the_ledger_calls_a_simulation_emulated_and_recorded_behaviour_real():
         assert ledger["Inference server"] is True
 
 
+def test_a_small_run_is_called_one(make_verdict: Make, good_verdict: Verdict):
+    assert good_verdict.load is not None
+    assert good_verdict.notes == []
+    small = msgspec.structs.replace(good_verdict.load, budgets=good_verdict.load.budgets.with_min_samples(50))
+    assert any("small run" in note and "50 samples" in note for note in make_verdict(load=small).notes)
+
+
 def test_figures_of_progress_lines_become_curves():
     lines: list[Line] = [
         ProgressLine(stage="ranker", done=1, total=3, unit="epochs", figures={"loss": 0.5}),
