@@ -1,22 +1,25 @@
 """The edge where people become pseudonyms. Nothing behind it sees a raw id: no stage, no neighbour, no log.
 
 At home a user's id is mapped with the site's key. A cloud site has no key: there a user is a pseudonym
-already, or the request is refused. Session ids often hold a user's id and are mapped as well.
+already, or the request is refused. Session ids often hold a user's id and are mapped as well; in the cloud
+with a secret that is made when the gateway starts and kept nowhere, since a session needs no name that lasts.
 """
 
 from __future__ import annotations
 
 import re
+import secrets
 from typing import Final, Protocol
 
 import msgspec
 
 from workloads.contract.events import Event
-from workloads.contract.http import PSEUDONYM_PATTERN
-from workloads.data.pseudonym import PseudonymKey
+from workloads.contract.http import PSEUDONYM_PATTERN, SESSION_PATTERN
+from workloads.data.pseudonym import KEY_BYTES, PseudonymKey
 from workloads.gateway.problems import raw_id
 
 _PSEUDONYM: Final = re.compile(PSEUDONYM_PATTERN)
+_KEYED_SESSION: Final = re.compile(SESSION_PATTERN)
 
 
 class Edge(Protocol):
@@ -64,7 +67,13 @@ class HomeEdge:
 
 
 class CloudEdge:
-    """Lets pseudonyms pass and refuses everything else."""
+    """Lets pseudonyms pass and refuses every other user; gives sessions that are no keyed ones a name of this process.
+
+    Such names (`s0-...`) group a visit's events while this gateway runs, and lead back to nobody.
+    """
+
+    def __init__(self) -> None:
+        self._sessions = PseudonymKey(epoch=0, secret=secrets.token_bytes(KEY_BYTES))
 
     def user(self, user: str, path: str) -> str:
         """See `Edge`."""
@@ -77,4 +86,12 @@ class CloudEdge:
         for place, event in enumerate(events):
             if event.user is not None:
                 self.user(event.user, f"$.events[{place}].user")
-        return events
+        return [self._without_raw_session(event) for event in events]
+
+    def _without_raw_session(self, event: Event) -> Event:
+        raw = event.session
+        if raw is None or _KEYED_SESSION.fullmatch(raw) or _PSEUDONYM.fullmatch(raw):
+            return event
+        session = self._sessions.session(raw)
+        context = {name: session if value == raw else value for name, value in event.context.items()}
+        return msgspec.structs.replace(event, session=session, context=context)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from workloads.contract.events import Event, EventType
+from workloads.contract.http import SESSION_PATTERN
 from workloads.data.pseudonym import PseudonymKey
 from workloads.gateway.identity import CloudEdge, HomeEdge
 from workloads.gateway.problems import Refused
@@ -79,3 +82,25 @@ def test_in_the_cloud_the_event_at_fault_is_named_by_its_place():
     with pytest.raises(Refused) as caught:
         CloudEdge().events([event(), event(user=pseudonym), event(user="alice")])
     assert caught.value.problem.field == "$.events[2].user"
+
+
+@given(texts)
+def test_in_the_cloud_a_raw_session_groups_its_events_and_passes_nowhere(session: str):
+    edge = CloudEdge()
+    one, other, alone = edge.events(
+        [event(session=session), event(session=session, context={"visit": session}), event(session=session + "x")]
+    )
+    assert re.fullmatch(SESSION_PATTERN, one.session or "")
+    assert one.session == other.session == other.context["visit"] != alone.session
+    assert session not in {one.session, other.session, *other.context.values()}
+
+
+def test_a_cloud_session_leads_back_to_nobody_by_guessing():
+    (one,), (other,) = (CloudEdge().events([event(session="alice-1")]) for _ in range(2))
+    assert one.session != other.session
+
+
+@pytest.mark.parametrize("session", [KEY.session("visit"), KEY.pseudonym("alice"), None])
+def test_a_session_that_home_has_mapped_passes_the_cloud_as_it_is(session: str | None):
+    raw = event(session=session, context={"visit": session or "none"})
+    assert CloudEdge().events([raw]) == [raw]
