@@ -57,7 +57,8 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 Header = tuple[bytes, bytes]
 
 IN_FLIGHT_MAX: Final = 128
-"""Requests served at once; at a service time of 10 ms that is far beyond what one process can do."""
+"""Requests of one endpoint served at once; at a service time of 10 ms that is far beyond what one process can do.
+Each has places of its own: events that wait for a slow disk must not take them from answers."""
 BODY_WAIT_S: Final = 5.0
 """How long a body may take to arrive after its headers."""
 DRAIN_BYTES: Final = 4 * 1024 * 1024
@@ -119,7 +120,6 @@ class Gateway:
         self._sampler = sampler
         self._metrics = metrics
         self._in_flight_max = in_flight_max
-        self._in_flight = 0
         self._running = False
         self._description = b""
         self._decode_recommend = msgspec.json.Decoder(RecommendRequest).decode
@@ -132,6 +132,7 @@ class Gateway:
             Endpoint.SIMILAR.value: (Endpoint.SIMILAR, self._similar),
             Endpoint.EVENTS.value: (Endpoint.EVENTS, self._events),
         }
+        self._in_flight = dict.fromkeys(self._posts, 0)
         self._gets: dict[str, Callable[[Scope], Awaitable[Response]]] = {
             PATH_SAMPLE: self._sample,
             PATH_HEALTH: self._health,
@@ -201,14 +202,14 @@ class Gateway:
         _check_media_type(headers)
         body = await _body(headers, receive)
         # Counted from here: who sends slowly takes no place from those who are being served.
-        if self._in_flight >= self._in_flight_max:
+        if self._in_flight[path] >= self._in_flight_max:
             raise problems.overloaded()
-        self._in_flight += 1
+        self._in_flight[path] += 1
         try:
             with self._metrics.in_flight(path):
                 return await answer(Call(endpoint, request_id, self._pipeline.timer(deadline_ms), body))
         finally:
-            self._in_flight -= 1
+            self._in_flight[path] -= 1
 
     async def _recommend(self, call: Call) -> Response:
         message = _decoded(self._decode_recommend, call.body)

@@ -200,7 +200,7 @@ class HttpRetrieval:
             raise DoorFault(Reason.RETRIEVAL_FAULT, f"retrieval answered {reply.status}: {_error_text(reply)}")
         try:
             answer = self._decode(reply.body)
-        except msgspec.DecodeError as error:
+        except _UNREADABLE as error:
             raise DoorFault(Reason.RETRIEVAL_FAULT, f"retrieval's answer is no CandidatesAnswer: {error}") from None
         if not len(answer.items) == len(answer.scores) == len(answer.ann) == len(answer.source):
             raise DoorFault(Reason.RETRIEVAL_FAULT, "retrieval answered columns of different lengths")
@@ -237,7 +237,7 @@ class HttpIntake:
             raise IntakeFault(f"the intake answered {reply.status}")
         try:
             return self._decode(reply.body)
-        except msgspec.DecodeError:
+        except _UNREADABLE:
             raise IntakeFault("the intake answered what is no acknowledgement") from None
 
     async def state(self) -> BackendState:
@@ -258,6 +258,8 @@ def neighbour(where: str) -> Neighbour:
 
 
 _MSGPACK: Final = (("content-type", "application/msgpack"),)
+_UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec's decoders raise; the second for text that is not UTF-8."""
 _TRITON_TYPES: Final = {"int64": "INT64", "float32": "FP32"}
 
 

@@ -12,6 +12,7 @@ import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Literal
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -219,7 +220,7 @@ class Pipeline:
             return ()
         try:
             profile = self._profiles.get(user)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, msgspec.DecodeError) as error:
             if self._profiles_fault is None:
                 _logger.error("profiles cannot be read", fault=str(error))
             self._profiles_fault = str(error)

@@ -133,6 +133,25 @@ async def test_a_full_gateway_says_when_to_come_back(narrow: httpx.AsyncClient, 
     assert (await narrow.post("/v1/recommend", json={})).status_code == 200
 
 
+async def test_events_that_wait_for_the_disk_take_no_place_from_answers(
+    narrow: httpx.AsyncClient, intake: FakeIntake, monkeypatch: pytest.MonkeyPatch
+):
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def hold(_: float) -> None:
+        begun.set()
+        await go_on.wait()
+
+    intake.delay_s = 0.001
+    monkeypatch.setattr(intake, "_sleep", hold)
+    held = asyncio.create_task(narrow.post("/v1/events", json={"events": [event()]}))
+    await begun.wait()
+    assert (await narrow.post("/v1/events", json={"events": [event(1)]})).status_code == 503
+    assert (await narrow.post("/v1/recommend", json={})).status_code == 200
+    go_on.set()
+    assert (await held).status_code == 200
+
+
 async def test_a_fault_of_our_own_is_a_problem_and_in_the_log_without_the_request(
     client: httpx.AsyncClient, retrieval: FakeRetrieval, user: str, log_text: io.StringIO
 ):
@@ -209,6 +228,12 @@ async def test_a_cloud_gateway_passes_events_of_pseudonyms_on_as_they_are(cloud:
     pseudonym = "p1-" + "0a" * 16
     assert (await cloud.post("/v1/events", json={"events": [event(user=pseudonym)]})).status_code == 200
     assert next(iter(intake.kept.values())).user == pseudonym
+
+
+async def test_a_raw_session_does_not_get_through_a_cloud_gateway(cloud: httpx.AsyncClient, intake: FakeIntake):
+    answer = await cloud.post("/v1/events", json={"events": [event(session=SESSION, context={"visit": SESSION})]})
+    assert answer.status_code == 200
+    assert SESSION.encode() not in msgspec.msgpack.encode(list(intake.kept.values()))
 
 
 async def test_ready_says_of_each_neighbour_how_it_is(make_app: Callable[[], Gateway]):

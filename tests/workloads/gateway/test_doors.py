@@ -131,6 +131,7 @@ async def test_candidates_go_and_come_as_message_pack(wire: Wire):
         (Reply(500, {}, b""), Reason.RETRIEVAL_FAULT),
         (Reply(200, {}, b""), Reason.RETRIEVAL_FAULT),
         (Reply(200, {}, b"\xc1"), Reason.RETRIEVAL_FAULT),
+        (Reply(200, {}, b"\x81\xa1\x80\x01"), Reason.RETRIEVAL_FAULT),  # text that is not UTF-8
         (Reply(200, {}, msgspec.msgpack.encode({"bundle": BUNDLE})), Reason.RETRIEVAL_FAULT),
         (
             Reply(200, {}, msgspec.msgpack.encode(msgspec.structs.replace(ANSWER, scores=[0.5, 0.4]))),
@@ -162,7 +163,7 @@ async def test_events_go_as_message_pack_that_intake_reads(wire: Wire):
     [
         *(Unreachable("refused"), Late("late")),
         *(Reply(status, {}, b"{}") for status in (400, 413, 422, 503, 507)),
-        *(Reply(200, {}, body) for body in (b"", b"{}", b"\x80")),
+        *(Reply(200, {}, body) for body in (b"", b"{}", b"\x80", b"\x81\xa1\x80\x01")),
     ],
 )
 async def test_nothing_but_intakes_own_word_is_an_acknowledgement(wire: Wire, reply: Reply | Exception):

@@ -266,7 +266,11 @@ async def test_who_asks_for_no_model_gets_none_and_it_is_no_fault(
     assert (ranker.calls, retrieval.calls) == (0, 0)
 
 
+@pytest.mark.parametrize(
+    "fault", [sqlite3.OperationalError("disk I/O error"), msgspec.DecodeError("a row cut short")], ids=["disk", "row"]
+)
 async def test_everything_dead_is_still_an_answer(
+    fault: Exception,
     client: httpx.AsyncClient,
     ranker: FakeRanker,
     retrieval: FakeRetrieval,
@@ -275,7 +279,7 @@ async def test_everything_dead_is_still_an_answer(
     user: str,
 ):
     def broken(_: str) -> None:
-        raise sqlite3.OperationalError("disk I/O error")
+        raise fault
 
     monkeypatch.setattr(profiles, "get", broken)
     ranker.fault = DoorFault(Reason.RANKER_DOWN, "gone")
