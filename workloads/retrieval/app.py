@@ -8,16 +8,15 @@ handed over late to the one who has an answer to send). Knows HTTP and the retri
 
 from __future__ import annotations
 
-from typing import Final, Protocol
+from typing import Protocol
 
 import msgspec
 
+from workloads.bundle.manifest import SHORT
 from workloads.contract.http import BODY_MAX_BYTES, PATH_CANDIDATES, CandidatesAnswer, CandidatesQuery
 from workloads.retrieval.retriever import QueryFault
 from workloads.telemetry.metrics import StageMetrics
 from workloads.telemetry.service import MSGPACK, RefusalError, Reply, Request, Service
-
-SHORT: Final = 12
 
 
 class Candidates(Protocol):
@@ -41,7 +40,7 @@ def create_app(retriever: Candidates, metrics: StageMetrics) -> Service:
             raise RefusalError.of(415, "media-type", "Unknown media type", f"{request.content_type} is not {MSGPACK}")
         try:
             query = decode(request.body)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise RefusalError.of_decoding(error) from error
         if query.bundle != bundle_id:
             raise RefusalError.of(

@@ -111,8 +111,11 @@ class RefusalError(Exception):
         return cls(problem, headers)
 
     @classmethod
-    def of_decoding(cls, error: msgspec.DecodeError) -> RefusalError:
-        """400 for a body that does not parse, 422 for one that parses and breaks a rule, with the field's path."""
+    def of_decoding(cls, error: Exception) -> RefusalError:
+        """400 for a body that does not parse, 422 for one that parses and breaks a rule, with the field's path.
+
+        `error` is what a decoder of msgspec raised: its own, UnicodeDecodeError or RecursionError.
+        """
         if not isinstance(error, msgspec.ValidationError):
             return cls.of(400, "malformed-body", "The body does not parse", str(error))
         field, rule = field_and_rule(error)

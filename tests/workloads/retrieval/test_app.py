@@ -77,6 +77,7 @@ async def test_a_query_of_another_bundle_is_refused_and_both_are_named(client: h
     [
         (b"", 400, None),
         (b"\xc1", 400, None),
+        (b"\x81\xa1\x80\x01", 400, None),  # text that is not UTF-8
         (b"{}", 422, "$"),
         (msgspec.msgpack.encode(query())[:-3], 400, None),
         (msgspec.msgpack.encode([1, 2]), 422, "$"),
