@@ -32,13 +32,14 @@ class RankerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     categories: int
     price_bands: int
     sources: int
-    item_width: int = 16
+    item_width: int = 8
     category_width: int = 8
     small_width: int = 4
     cross_layers: int = 2
     hidden: tuple[int, ...] = (128, 64)
     dropout: float = 0.1
-    item_dropout: float = 0.2
+    item_dropout: float = 0.5
+    """Share of rows that are ranked without knowing which item it is: what is hot moves on, features stay."""
 
 
 class CrossLayer(nn.Module):

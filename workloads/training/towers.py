@@ -24,26 +24,27 @@ from workloads.data.features import DAY_MS
 from workloads.models.two_tower import TwoTower, sampled_softmax
 from workloads.training.requests import Requests
 
+ROUND_STEPS = 32
+
 
 class TowerTraining(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How long and how fast."""
 
-    epochs: int = 10
-    refit_epochs: int = 2
-    """Passes over the longer log when the towers move on to a later cut."""
+    rounds: int = 12
+    """Rounds of ROUND_STEPS steps for the first fit."""
+    refit_rounds: int = 4
+    """Rounds when the towers move on to a later cut."""
     batch: int = 512
     per_request: int = 4
-    """Wanted items drawn of one request in one pass, at most."""
+    """Wanted items drawn of one request at a time, at most."""
     uniform: int = 512
     """Items drawn evenly from the catalogue as further negatives in each step."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 6e-3
     weight_decay: float = 1e-3
     query_batch: int = 256
     query_weight: float = 0.3
     requests: int = 60_000
     """The latest so many requests are read."""
-    half_life_days: float = 60.0
-    """A request this much older than the cut is drawn half as often."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,8 @@ class TowerData:
     """[Q, T], a row per (query, item)."""
     query_items: Tensor
     """[Q]"""
+    half_life_days: float
+    """A request this much older than the latest is drawn half as often."""
 
     @property
     def query_shares(self) -> Tensor:
@@ -73,17 +76,17 @@ def fit(
     data: TowerData,
     config: TowerTraining,
     *,
-    epochs: range,
+    rounds: range,
     total: int,
     seed: int,
-    heard: Callable[[int, float, float], None],
+    heard: Callable[[int, float], None],
 ) -> None:
-    """Run the passes `epochs` of `total`; each draws from its own seed, so that a resumed fit goes on alike.
+    """Run the `rounds` out of `total`; each draws from its own seed, so that a resumed fit goes on alike.
 
-    `heard(epoch, share, loss)` is called after each step. The learning rate falls as a cosine over `total`.
+    `heard(round, loss)` is called after each. The learning rate falls as a cosine over `total`.
     """
     age = (data.requests.time_ms.max(initial=0) - data.requests.time_ms) / DAY_MS
-    chance = np.exp2(-age / config.half_life_days)
+    chance = np.exp2(-age / data.half_life_days)
     chance /= chance.sum()
     # How often each item is drawn as somebody's wanted one: what logQ corrects for.
     length = np.diff(data.requests.offsets)
@@ -92,21 +95,21 @@ def fit(
     shares = torch.from_numpy(drawn / max(drawn.sum(), 1e-12)).to(torch.float32)
     touched = (data.user["history"] != PAD).sum(dim=1).numpy()
     model.train()
-    steps = -(-len(data.requests) // config.batch)
-    for epoch in epochs:
-        rng = np.random.default_rng([seed, epoch])
+    for number in rounds:
+        rng = np.random.default_rng([seed, number])
         torch.manual_seed(int(rng.integers(2**62)))
-        batches = _batches(rng.choice(len(chance), len(chance), p=chance), touched, config.batch, rng)
-        for step in range(steps):
-            done = (epoch + step / steps) / total
+        rows = rng.choice(len(chance), ROUND_STEPS * config.batch, p=chance)
+        losses = []
+        for step, batch in enumerate(_batches(rows, touched, config.batch, rng)):
+            done = (number + step / ROUND_STEPS) / total
             for group in optimiser.param_groups:
                 group["lr"] = config.learning_rate * max(0.02, 0.5 * (1.0 + np.cos(np.pi * done)))
-            rows = batches[step]
-            loss = _step_loss(model, data, config, rows=rows, shares=shares, rng=rng)
+            loss = _step_loss(model, data, config, rows=batch, shares=shares, rng=rng)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]  # torch publishes no type for it
             optimiser.step()
-            heard(epoch, (step + 1) / steps, float(loss.detach()))
+            losses.append(float(loss.detach()))
+        heard(number, float(np.mean(losses)))
     model.eval()
 
 
@@ -199,14 +202,11 @@ def _draw(
 
 
 def _batches(
-    order: npt.NDArray[np.int64], touched: npt.NDArray[np.int64], size: int, rng: np.random.Generator
+    rows: npt.NDArray[np.int64], touched: npt.NDArray[np.int64], size: int, rng: np.random.Generator
 ) -> list[npt.NDArray[np.int64]]:
-    """Batches of the drawn requests, each of about the same history length, so that little padding is computed."""
-    batches = []
-    for at in range(0, len(order), 16 * size):
-        block = order[at : at + 16 * size]
-        block = block[np.argsort(touched[block], kind="stable")]
-        batches += [block[start : start + size] for start in range(0, len(block), size)]
+    """Batches of requests, each of about the same history length, so that little padding is computed."""
+    ordered = rows[np.argsort(touched[rows], kind="stable")]
+    batches = [ordered[at : at + size] for at in range(0, len(ordered), size)]
     return [batches[place] for place in rng.permutation(len(batches))]
 
 
