@@ -216,7 +216,8 @@ def test_weights_that_do_not_fit_their_config_are_refused(
     own_training: Path, dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = own_training / "weights" / ranker.CONFIG_FILE
-    config.write_text(config.read_text().replace('"item_width":16', '"item_width":8'))
+    sizes = json.loads(config.read_text())
+    config.write_text(json.dumps(sizes | {"items": sizes["items"] + 1}))
     assert main(_arguments(own_training, dataset.path, tmp_path)) == 2
     assert "size mismatch" in _fault(capsys).fault
 
