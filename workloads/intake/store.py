@@ -170,6 +170,9 @@ class SqliteStore:
             connection.execute("COMMIT")
         except sqlite3.Error as error:
             raise self._failed(connection, error) from error
+        except Exception:  # a value that SQLite cannot hold is no sqlite3.Error; the next group must not pay for it
+            _roll_back(connection)
+            raise
         return done
 
     def probe(self) -> float:
@@ -184,9 +187,7 @@ class SqliteStore:
 
     def _failed(self, connection: sqlite3.Connection, error: sqlite3.Error) -> StoreError:
         """The typed form of a failure, with the transaction undone."""
-        with contextlib.suppress(sqlite3.Error):
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
+        _roll_back(connection)
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code == sqlite3.SQLITE_FULL:
             return StorageFullError(f"{self.path}: {error}")
@@ -219,6 +220,12 @@ class SqliteStore:
                 self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self._connection.close()
             self._connection = None
+
+
+def _roll_back(connection: sqlite3.Connection) -> None:
+    with contextlib.suppress(sqlite3.Error):
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
 
 
 def _write(connection: sqlite3.Connection, batch: Batch, received_ms: int) -> Appended:

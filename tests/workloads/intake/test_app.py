@@ -100,10 +100,13 @@ async def test_a_request_without_one_sound_event_is_a_problem_with_field_and_rul
         (b"x" * (INTAKE_BODY_MAX_BYTES + 1), JSON, 413),
     ],
 )
-async def test_bad_bodies_are_problems(client: httpx.AsyncClient, body: bytes, headers: dict[str, str], status: int):
+async def test_bad_bodies_are_problems(
+    client: httpx.AsyncClient, store: MemoryStore, body: bytes, headers: dict[str, str], status: int
+):
     answer = await client.post(PATH_INTAKE, content=body, headers=headers)
     assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json")
     assert answer.json()["status"] == status
+    assert store.groups == ([1] if status in {400, 422} else [])  # what could be read at all is a dead letter
 
 
 @pytest.mark.parametrize(("fault", "status"), [(StorageFullError("full"), 507), (StoreError("gone"), 503)])

@@ -95,6 +95,16 @@ def test_a_full_disk_stores_nothing_of_the_group_and_recovers_when_there_is_room
     store.close()
 
 
+def test_a_row_that_sqlite_cannot_hold_costs_the_next_group_nothing(path: pathlib.Path):
+    store = SqliteStore(path)
+    impossible = (*row(2)[:8], 2**70, *row(2)[9:])
+    with pytest.raises(OverflowError):
+        store.append([batch(1), Batch([impossible], [])], NOW)
+    assert store.append([batch(3)], NOW) == [Appended(1, 0, 0)]
+    assert ids(path) == ["id-3"]
+    store.close()
+
+
 def test_a_file_held_by_another_writer_is_a_fault_and_not_a_loss(path: pathlib.Path):
     store = SqliteStore(path)
     store._connected().execute("PRAGMA busy_timeout=10")

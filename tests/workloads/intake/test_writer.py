@@ -59,6 +59,17 @@ async def test_nobody_is_answered_before_the_rows_are_on_disk(store: GatedStore,
     assert store.steps[:2] == ["on disk", "answered"]
 
 
+async def test_a_caller_that_goes_away_costs_nobody_else_an_answer(store: GatedStore, writer: Writer):
+    first = asyncio.create_task(writer.append(batch(0)))
+    await reached(store.entered)
+    gone, waits = (asyncio.create_task(writer.append(batch(number))) for number in (1, 2))
+    await asyncio.sleep(0)
+    gone.cancel()
+    store.gate.set()
+    assert await asyncio.wait_for(asyncio.gather(first, waits), 20) == [Appended(1, 0, 0)] * 2
+    assert len(store.events) == 3  # it was not acknowledged, and may be on disk
+
+
 async def test_requests_that_wait_together_share_one_write(store: GatedStore, writer: Writer):
     first = asyncio.create_task(writer.append(batch(0)))
     await reached(store.entered)
