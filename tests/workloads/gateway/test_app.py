@@ -17,7 +17,7 @@ from workloads.contract.http import CatalogueSample, EventsAnswer, Problem, Read
 from workloads.data.profiles import MemoryProfiles
 from workloads.data.pseudonym import PseudonymKey
 from workloads.gateway.app import EVENTS_WAIT_MS, Gateway
-from workloads.gateway.doors import DoorFault, FakeIntake, FakeRanker, FakeRetrieval, IntakeFault
+from workloads.gateway.doors import DoorFault, FakeIntake, FakeNeighbour, FakeRanker, FakeRetrieval, IntakeFault
 from workloads.gateway.ladder import Reason
 from workloads.gateway.timing import FakeClock
 from workloads.telemetry import log
@@ -279,6 +279,24 @@ class _Running:
         await self._in.put({"type": "lifespan.shutdown"})
         assert (await self._out.get())["type"] == "lifespan.shutdown.complete"
         await self._task
+
+
+async def test_a_stop_closes_every_door(
+    make_app: Callable[[], Gateway],
+    ranker: FakeRanker,
+    retrieval: FakeRetrieval,
+    intake: FakeIntake,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    closed: list[object] = []
+
+    async def close(self: object) -> None:
+        closed.append(self)
+
+    monkeypatch.setattr(FakeNeighbour, "close", close)
+    async with _Running(make_app()):
+        assert closed == []
+    assert closed == [ranker, retrieval, intake]
 
 
 async def test_metrics_count_what_was_answered_by_endpoint_stage_and_rung(

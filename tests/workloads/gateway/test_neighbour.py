@@ -127,20 +127,24 @@ async def test_a_late_answer_is_given_up_and_never_taken_for_the_next_one(server
 
 async def test_a_call_that_is_called_off_leaves_no_connection_behind(server: tuple[Server, Neighbour]):
     made, neighbour = server
-    never = asyncio.Event()
+    never, arrived = asyncio.Event(), asyncio.Event()
 
     async def hang(_: bytes, __: asyncio.StreamWriter) -> None:
+        arrived.set()
         await never.wait()
 
     made.behave = hang
     call = asyncio.create_task(neighbour.send(post(neighbour), timeout_s=60))
-    await asyncio.sleep(0.02)
+    await arrived.wait()
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
+    with pytest.raises(Late):
+        await neighbour.send(post(neighbour), timeout_s=0.01)
     made.behave = made.answer
     assert (await neighbour.send(post(neighbour))).status == 200
-    assert made.connections == 2
+    assert made.connections == 3
+    assert len(neighbour._open) == 1
 
 
 async def test_a_connection_that_was_closed_while_idle_costs_no_call(server: tuple[Server, Neighbour]):
@@ -167,6 +171,21 @@ async def test_a_connection_that_closes_just_as_it_is_used_again_is_tried_once_m
     made.behave = hang_up_once
     assert (await neighbour.send(post(neighbour))).status == 200
     assert hung_up == 2
+
+
+async def test_a_kept_connection_that_breaks_within_an_answer_is_not_tried_again(server: tuple[Server, Neighbour]):
+    made, neighbour = server
+    await neighbour.send(post(neighbour))
+
+    async def break_off(_: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf")
+        await writer.drain()
+        writer.close()
+
+    made.behave = break_off
+    with pytest.raises(Unreachable):
+        await neighbour.send(post(neighbour))
+    assert (len(made.requests), made.connections) == (2, 1)
 
 
 async def test_a_new_connection_that_breaks_is_not_tried_again(server: tuple[Server, Neighbour]):

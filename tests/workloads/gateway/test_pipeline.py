@@ -137,6 +137,22 @@ async def test_a_ranker_that_comes_back_is_used_again_within_a_second(
     assert (answer.served.rung, answer.served.reason) == (1, None)
 
 
+@pytest.mark.parametrize("which", ["ranker", "retrieval"])
+async def test_a_probe_that_ends_in_a_bug_is_not_the_last_one(
+    client: httpx.AsyncClient, ranker: FakeRanker, retrieval: FakeRetrieval, clock: FakeClock, which: str
+):
+    lost, reason = (ranker, Reason.RANKER_DOWN) if which == "ranker" else (retrieval, Reason.RETRIEVAL_DOWN)
+    lost.fault = DoorFault(reason, "connection refused")
+    for _ in range(FAILURES_IN_A_ROW):
+        await recommend(client)
+    clock.run(PROBE_LAST_S)
+    lost.fault = RuntimeError("a bug")
+    assert (await client.post("/v1/recommend", json={})).status_code == 500
+    lost.fault = None
+    clock.run(PROBE_LAST_S)
+    assert (await recommend(client)).served.rung == 1
+
+
 async def test_clients_in_haste_do_not_take_the_ranker_from_the_others(client: httpx.AsyncClient, ranker: FakeRanker):
     ranker.delay_s = 0.020
     for _ in range(5 * FAILURES_IN_A_ROW):
@@ -207,16 +223,17 @@ async def test_candidates_of_another_bundle_are_never_mixed_in(
 
 
 @pytest.mark.parametrize(
-    ("items", "scores", "source"),
+    ("item", "score", "ann", "source"),
     [
-        ([0], [0.5], [0]),
-        ([-1], [0.5], [0]),
-        ([201], [0.5], [0]),
-        ([2**31 - 1], [0.5], [0]),
-        ([2**40], [0.5], [0]),
-        ([5], [float("nan")], [0]),
-        ([5], [0.5], [6]),
-        ([5], [0.5], [-1]),
+        (0, 0.5, 0.5, 0),
+        (-1, 0.5, 0.5, 0),
+        (201, 0.5, 0.5, 0),
+        (2**31 - 1, 0.5, 0.5, 0),
+        (2**40, 0.5, 0.5, 0),
+        (5, float("nan"), 0.5, 0),
+        (5, 0.5, float("inf"), 0),
+        (5, 0.5, 0.5, 6),
+        (5, 0.5, 0.5, -1),
     ],
 )
 async def test_candidates_that_the_bundle_cannot_hold_are_refused(
@@ -224,12 +241,13 @@ async def test_candidates_that_the_bundle_cannot_hold_are_refused(
     retrieval: FakeRetrieval,
     bundle: Bundle,
     monkeypatch: pytest.MonkeyPatch,
-    items: list[int],
-    scores: list[float],
-    source: list[int],
+    item: int,
+    score: float,
+    ann: float,
+    source: int,
 ):
     async def nonsense(_: CandidatesQuery, __: float) -> CandidatesAnswer:
-        return CandidatesAnswer(bundle=bundle.id, items=items, scores=scores, ann=scores, source=source)
+        return CandidatesAnswer(bundle=bundle.id, items=[item], scores=[score], ann=[ann], source=[source])
 
     monkeypatch.setattr(retrieval, "candidates", nonsense)
     answer = await recommend(client)
