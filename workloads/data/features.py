@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -29,12 +29,11 @@ from workloads.contract.tensors import (
     FeatureSchema,
 )
 from workloads.data.fusion import Candidates, item_to_item_dense, touch_weights
+from workloads.data.profiles import TOUCHES_MAX, Touch
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 
-PROFILE_ITEMS: Final = 300
-"""Distinct items that a profile holds at most; the oldest go first."""
 HOUR_MS: Final = 3_600_000
 DAY_MS: Final = 24 * HOUR_MS
 DAYS_NEVER: Final = 1000.0
@@ -45,30 +44,6 @@ EVENT_TYPES: tuple[EventType, ...] = tuple(EventType)
 _STRENGTH_BY_CODE = np.array([STRENGTH.get(t, 0.0) for t in EVENT_TYPES], dtype=np.float32)
 _PURCHASE = EVENT_TYPES.index(EventType.PURCHASE)
 _SESSION_STRENGTH = STRENGTH[EventType.CLICK]
-
-
-class Touch(Protocol):
-    """All that one user did with one item; `workloads.data.profiles` keeps these."""
-
-    @property
-    def item(self) -> str:
-        """The item's id."""
-
-    @property
-    def type(self) -> EventType:
-        """The strongest thing done."""
-
-    @property
-    def count(self) -> int:
-        """Positive events, 1 or more."""
-
-    @property
-    def bought(self) -> int:
-        """Purchases among them."""
-
-    @property
-    def last_ms(self) -> int:
-        """When last."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +130,7 @@ class UserState:
             else:
                 base = STRENGTH.get(before.type, _SESSION_STRENGTH)
                 rows.append((at, base, before.count + times, before.bought, now_ms))
-        return cls._from_rows(np.array(rows[-PROFILE_ITEMS:], dtype=np.float64).reshape(-1, 5), now_ms)
+        return cls._from_rows(np.array(rows[-TOUCHES_MAX:], dtype=np.float64).reshape(-1, 5), now_ms)
 
     @classmethod
     def from_events(
@@ -192,7 +167,7 @@ class UserState:
             )
         )
         rows = rows[np.lexsort((rows[:, 0], rows[:, 4]))]
-        return cls._from_rows(rows[-PROFILE_ITEMS:], now_ms)
+        return cls._from_rows(rows[-TOUCHES_MAX:], now_ms)
 
     @classmethod
     def _from_rows(cls, rows: npt.NDArray[np.float64], now_ms: int) -> UserState:

@@ -65,7 +65,8 @@ class Visits(msgspec.Struct, frozen=True):
     ) -> Visits:
         """From touches in order of time: an item touched twice in a visit counts once, at its strongest."""
         order = np.lexsort((-strength, item, visit))
-        first = np.r_[True, (visit[order][1:] != visit[order][:-1]) | (item[order][1:] != item[order][:-1])]
+        first = np.ones(len(order), dtype=np.bool_)
+        first[1:] = (visit[order][1:] != visit[order][:-1]) | (item[order][1:] != item[order][:-1])
         kept = np.sort(order[first])
         kept = kept[np.lexsort((kept, time_ms[kept], person[kept]))]
         return cls(person[kept], visit[kept], item[kept], strength[kept], time_ms[kept])

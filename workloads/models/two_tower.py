@@ -204,10 +204,16 @@ def load(directory: Path) -> TwoTower:
     """
     config = msgspec.json.decode(directory.joinpath(CONFIG_FILE).read_bytes(), type=TwoTowerConfig)
     model = TwoTower(config)
-    missing, unexpected = model.load_state_dict(load_file(directory / WEIGHTS_FILE), strict=False)
-    lost = sorted(set(missing) - _shared(model))
-    if lost or unexpected:
-        raise ValueError(f"{directory / WEIGHTS_FILE}: missing {lost}, unexpected {unexpected}; train again")
+    stored = load_file(directory / WEIGHTS_FILE)
+    missing = model.state_dict().keys() - stored.keys() - _shared(model)
+    try:
+        _, unexpected = model.load_state_dict(stored, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{directory / WEIGHTS_FILE}: {error}; train again") from None
+    if missing or unexpected:
+        raise ValueError(
+            f"{directory / WEIGHTS_FILE}: missing {sorted(missing)}, unexpected {sorted(unexpected)}; train again"
+        )
     return model.eval()
 
 
