@@ -193,7 +193,7 @@ def history_scores(
 
 
 def popular_items(
-    popularity_recent: Scores, popularity: Scores, in_stock: npt.NDArray[np.uint8], limit: int
+    popularity_recent: Scores, popularity: Scores, in_stock: npt.NDArray[np.uint8], limit: int = POPULAR_LIMIT
 ) -> Proposals:
     """The `limit` items in stock most bought lately, all-time popularity deciding ties; best first."""
     order = np.lexsort((-popularity, -popularity_recent, in_stock == 0))
