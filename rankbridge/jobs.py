@@ -144,7 +144,7 @@ def follow(
 ) -> ResultLine:
     """As `run`, for any command that writes progress lines. `append` keeps what the log held before."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a" if append else "w", encoding="utf-8") as record:
+    with log.open("a" if append else "w", encoding="utf-8", buffering=1) as record:
         with shield():
             # The tether ends a job whose desk was killed; its own session keeps a terminal's Ctrl-C for the desk.
             job = subprocess.Popen(
@@ -172,7 +172,8 @@ def follow(
     if code != 0 or last is None:
         ending = f"signal {signal.Signals(-code).name}" if code < 0 else f"code {code}"
         what = f"{title} ended with {ending}" if code else f"{title} ended without a result"
-        raise DeskError(what, f"its whole log is {log}", detail=processes.tail(log))
+        evidence = tuple(text for text in processes.tail(log, lines=200) if parse(text) is None)
+        raise DeskError(what, f"its whole log is {log}", detail=evidence[-processes.TAIL_LINES :])
     return last
 
 

@@ -25,8 +25,9 @@ MARK: Final = "RANKBRIDGE_PROCESS"
 _POLL_S: Final = 0.02
 _PID_WITHIN_S: Final = 10.0
 _REAP_WITHIN_S: Final = 2.0
-_TAIL_LINES: Final = 12
-_TAIL_BYTES: Final = 16_384
+TAIL_LINES: Final = 12
+"""Lines of a log that an error shows."""
+_TAIL_BYTES: Final = 65_536
 
 # $0 is the file for the exit code, $1 for the pid; the rest is the command. `wait` ends early when a signal
 # is trapped, hence the loop. Signals are trapped, not ignored: a child inherits what is ignored.
@@ -189,13 +190,13 @@ def pss_bytes(started: Started) -> int:
     return sum(_pss(member.pid) for member in members(started))
 
 
-def tail(log: Path) -> tuple[str, ...]:
+def tail(log: Path, lines: int = TAIL_LINES) -> tuple[str, ...]:
     """The last lines of a log; empty when there is none."""
     try:
         with log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - _TAIL_BYTES))
-            return tuple(file.read().decode(errors="replace").splitlines()[-_TAIL_LINES:])
+            return tuple(file.read().decode(errors="replace").splitlines()[-lines:])
     except FileNotFoundError:
         return ()
 

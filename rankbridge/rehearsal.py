@@ -58,6 +58,12 @@ class StepName(enum.StrEnum):
     VERDICT = "verdict"
 
 
+_ANEW: Final = {StepName.DATA: ["--again"]}
+_AS_IT_WAS: Final = {StepName.TRAIN: ["--reuse"]}
+"""Preparation takes a finished result unless told otherwise, training the other way round; both go on from
+their own checkpoints by themselves."""
+
+
 class Done(msgspec.Struct, frozen=True, kw_only=True):
     """A finished step."""
 
@@ -195,15 +201,15 @@ class Rehearsal:
         return {"loaded": str(path)}
 
     def _job(self, step: StepName, module: str, arguments: list[str]) -> dict[str, str]:
-        """Run a job; the first time in this rehearsal from scratch, later from where it was."""
-        again = step not in self._ledger.begun
+        """Run a job: the first time in this rehearsal anew, later from wherever it was."""
+        anew = step not in self._ledger.begun
         log = self._file.folder / f"{step.value}.log"
-        if again:
+        if anew:
             log.unlink(missing_ok=True)
             self._ledger = msgspec.structs.replace(self._ledger, begun=(*self._ledger.begun, step))
             self._file.write(self._ledger)
-        extra = ["--again"] if again and step is not StepName.EXPORT else []
-        return self._hands.job(f"workloads.{module}", [*arguments, *extra], log, append=not again).made
+        extra = (_ANEW if anew else _AS_IT_WAS).get(step, [])
+        return self._hands.job(f"workloads.{module}", [*arguments, *extra], log, append=not anew).made
 
     def _step(self, name: StepName, title: str, do: Callable[[], dict[str, str]]) -> None:
         """Do a step unless it is done, and what it made still there."""

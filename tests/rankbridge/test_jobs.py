@@ -57,8 +57,9 @@ def test_a_fault_line_becomes_the_commands_own_error(tmp_path: Path):
 
 def test_a_job_that_crashes_is_told_with_the_end_of_its_log(tmp_path: Path):
     with pytest.raises(DeskError, match="the job ended with code 1") as error:
-        job("raise ValueError('a bug')", tmp_path)
+        job("p.step('train', 1, 2); raise ValueError('a bug')", tmp_path)
     assert error.value.detail[-1] == "ValueError: a bug"
+    assert not [line for line in error.value.detail if "progress" in line]
 
 
 def test_a_job_without_a_result_is_a_fault_even_with_code_zero(tmp_path: Path):

@@ -129,10 +129,11 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint_and_not_from_scratc
     hands = FakeHands(layout.home, at={"training": Interrupted(signal.SIGTERM)})
     with pytest.raises(Interrupted):
         rehearse(hands)
-    assert "--again" in hands.arguments["training"]
+    assert "--reuse" not in hands.arguments["training"]
+    assert "--again" in hands.arguments["data"]
     again = FakeHands(layout.home)
     rehearse(again)
-    assert "--again" not in again.arguments["training"]
+    assert "--reuse" in again.arguments["training"]
     assert "append=True" in again.arguments["training"]
     assert "--again" not in again.arguments["data"]
 
