@@ -16,7 +16,8 @@ from workloads.contract.events import QUERY_MAX, Event, Id
 DEADLINE_HEADER = "Rankbridge-Deadline-Ms"
 DEADLINE_MIN_MS, DEADLINE_MAX_MS = 1.0, 60_000.0
 REQUEST_ID_HEADER = "Rankbridge-Request-Id"
-"""1 to 128 of `[A-Za-z0-9._-]`; anything else, or none, and the gateway makes a UUID version 7."""
+REQUEST_ID_PATTERN = r"^[A-Za-z0-9._-]{1,128}$"
+"""Anything else, or none, and the gateway makes a UUID version 7."""
 
 PATH_SAMPLE = "/v1/catalogue/sample"
 PATH_HEALTH = "/healthz"

@@ -29,6 +29,7 @@ from workloads.contract.http import (
     PATH_READY,
     PATH_SAMPLE,
     REQUEST_ID_HEADER,
+    REQUEST_ID_PATTERN,
     SAMPLE_DEFAULT,
     SAMPLE_MAX,
     EventsRequest,
@@ -69,7 +70,7 @@ EVENTS_WAIT_MS: Final = 2000.0
 
 _DEADLINE: Final = DEADLINE_HEADER.lower().encode()
 _REQUEST_ID: Final = REQUEST_ID_HEADER.lower().encode()
-_REQUEST_ID_FORM: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+_REQUEST_ID_FORM: Final = re.compile(REQUEST_ID_PATTERN.encode())
 _NUMBER: Final = re.compile(rb"[0-9]{1,6}(\.[0-9]{1,6})?")
 _JSON: Final = (b"content-type", b"application/json")
 _PROBLEM: Final = (b"content-type", problems.MEDIA_TYPE.encode())

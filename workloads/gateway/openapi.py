@@ -28,6 +28,7 @@ from workloads.contract.http import (
     PATH_READY,
     PATH_SAMPLE,
     REQUEST_ID_HEADER,
+    REQUEST_ID_PATTERN,
     SAMPLE_DEFAULT,
     SAMPLE_MAX,
     CatalogueSample,
@@ -178,7 +179,7 @@ def _post(endpoint: Endpoint, operation: _Operation) -> dict[str, Any]:
                 "name": REQUEST_ID_HEADER,
                 "in": "header",
                 "description": "An id to find this request again by; made when there is none.",
-                "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,128}$"},
+                "schema": {"type": "string", "pattern": REQUEST_ID_PATTERN},
             },
         ],
         "requestBody": {

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
-import time
 from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -112,15 +111,6 @@ class StageMetrics:
             yield
         finally:
             child.dec()
-
-    @contextlib.contextmanager
-    def timed(self, endpoint: str, stage: str) -> Iterator[None]:
-        """Observe the time inside as one stage, whether it ends well or raises."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.stage(endpoint, stage, (time.perf_counter() - start) * 1000)
 
 
 class PssCollector(Collector):

@@ -27,6 +27,7 @@ from workloads.contract.http import (
     PATH_METRICS,
     PATH_READY,
     REQUEST_ID_HEADER,
+    REQUEST_ID_PATTERN,
     Problem,
 )
 from workloads.telemetry import log
@@ -48,7 +49,7 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 """ASGI 3."""
 
 _REQUEST_ID = REQUEST_ID_HEADER.lower().encode()
-_REQUEST_ID_FORM = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+_REQUEST_ID_FORM = re.compile(REQUEST_ID_PATTERN.encode())
 _encode_json = msgspec.json.Encoder().encode
 _logger = log.get(component="service")
 
