@@ -69,6 +69,7 @@ class Done(msgspec.Struct, frozen=True, kw_only=True):
 
     name: StepName
     seconds: float
+    """Over all attempts, as far as they could be counted."""
     made: dict[str, str] = {}
     note: str = ""
 
@@ -81,6 +82,8 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
     """Unix time."""
     begun: tuple[StepName, ...] = ()
     done: tuple[Done, ...] = ()
+    spent: dict[StepName, float] = {}
+    """Seconds in a step before it was interrupted."""
     closed: bool = False
 
     def step(self, name: StepName) -> Done | None:
@@ -220,12 +223,22 @@ class Rehearsal:
             self._console.print(f"[bold]{name.value}[/]: done before the interruption, in {done.seconds:.0f} s")
             return
         self._console.print(f"[bold]{name.value}[/]: {title}")
+        before = self._ledger.spent.get(name, 0.0) + (done.seconds if done is not None else 0.0)
+        note = "continued after an interruption" if before or name in self._ledger.begun else ""
         began = time.monotonic()
-        made = do()
-        finished = Done(name=name, seconds=time.monotonic() - began, made=made, note="")
+        try:
+            made = do()
+        except BaseException:
+            spent = {**self._ledger.spent, name: before + time.monotonic() - began}
+            with shield():
+                self._ledger = msgspec.structs.replace(self._ledger, spent=spent)
+                self._file.write(self._ledger)
+            raise
+        finished = Done(name=name, seconds=before + time.monotonic() - began, made=made, note=note)
         with shield():
-            others = tuple(one for one in self._ledger.done if one.name is not name)
-            self._ledger = msgspec.structs.replace(self._ledger, done=(*others, finished))
+            others = [one for one in self._ledger.done if one.name is not name]
+            every = sorted([*others, finished], key=lambda one: list(StepName).index(one.name))
+            self._ledger = msgspec.structs.replace(self._ledger, done=tuple(every))
             self._file.write(self._ledger)
         self._console.print(f"[bold]{name.value}[/]: done in {finished.seconds:.0f} s")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import signal
 import sqlite3
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -136,6 +137,24 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint_and_not_from_scratc
     assert "--reuse" in again.arguments["training"]
     assert "append=True" in again.arguments["training"]
     assert "--again" not in again.arguments["data"]
+
+
+def test_a_continued_step_says_so_and_counts_the_time_before(rehearse: Run1, layout: Layout, tmp_path: Path):
+    class Slow(FakeHands):
+        def job(self, module: str, arguments: Sequence[str], log: Path, *, append: bool) -> ResultLine:
+            if module == "workloads.training":
+                time.sleep(0.3)
+            return super().job(module, arguments, log, append=append)
+
+    with pytest.raises(Interrupted):
+        rehearse(Slow(layout.home, at={"training": Interrupted(signal.SIGINT)}))
+    rehearse(FakeHands(layout.home))
+    steps = {
+        step["name"]: step for step in msgspec.json.decode((tmp_path / "out" / "verdict.json").read_bytes())["steps"]
+    }
+    assert steps["train"]["seconds"] >= 0.3
+    assert steps["train"]["note"] == "continued after an interruption"
+    assert steps["export"]["note"] == ""
 
 
 def test_after_a_finished_rehearsal_everything_is_done_again(rehearse: Run1, layout: Layout):
