@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from workloads.contract.tensors import CONTEXT, HISTORY_LENGTH
+from workloads.contract.tensors import CONTEXT
 from workloads.data.features import UserState, user_inputs
 from workloads.training.journal import Ints, Journal
 
@@ -104,8 +104,5 @@ class People:
 def tower_inputs(states: list[UserState]) -> dict[str, npt.NDArray[Any]]:
     """The user tower's inputs, one row a state."""
     rows = [user_inputs(s.items, s.strength, s.age_hours, s.context) for s in states]
-    shapes = {"history": (0, HISTORY_LENGTH), "history_strength": (0, HISTORY_LENGTH)}
-    shapes |= {"history_age_hours": (0, HISTORY_LENGTH), "context": (0, len(CONTEXT))}
-    return {
-        name: np.concatenate([row[name] for row in rows]) if rows else np.zeros(shape) for name, shape in shapes.items()
-    }
+    empty = {name: values[:0] for name, values in user_inputs([], [], [], np.zeros(len(CONTEXT))).items()}
+    return {name: np.concatenate([none, *(row[name] for row in rows)]) for name, none in empty.items()}
