@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any, Final, Protocol
 
 import aiohttp
@@ -79,8 +79,9 @@ class HttpTriton:
 
     async def loaded(self) -> list[str]:
         """Names of the models that are loaded or being loaded."""
-        entries = json.loads(await self._post("/repository/index"))
-        return [entry["name"] for entry in entries if entry.get("state") in {"READY", "LOADING"}]
+        answer = await self._post("/repository/index")
+        with _understood(self._url):
+            return [entry["name"] for entry in json.loads(answer) if entry.get("state") in {"READY", "LOADING"}]
 
     async def load(self, model: str) -> None:
         """Load a model and return when it is ready."""
@@ -109,7 +110,8 @@ class HttpTriton:
                 answer = await response.read()
                 if response.status != 200:
                     raise TritonError(_text(response.status, answer))
-                return _tensors(answer, int(response.headers[_LENGTH]))
+                with _understood(url):
+                    return _tensors(answer, int(response.headers[_LENGTH]))
         except (TimeoutError, aiohttp.ClientError) as error:
             raise TritonError(f"{url}: {str(error) or 'no answer in time'}") from error
 
@@ -130,6 +132,15 @@ class HttpTriton:
                 return answer
         except (TimeoutError, aiohttp.ClientError) as error:
             raise TritonError(f"{self._url}{path}: {str(error) or 'no answer in time'}") from error
+
+
+@contextlib.contextmanager
+def _understood(url: str) -> Iterator[None]:
+    """An answer that is not of the protocol is a fault of the server like any other."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TritonError(f"{url}: the answer is not of the KServe protocol ({error!r})") from error
 
 
 def _text(status: int, answer: bytes) -> str:

@@ -88,7 +88,10 @@ class SqliteProfiles:
         if not path.is_file():
             raise ProfileStoreError(f"{path}: no such profile store; prepare a data set first")
         uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
-        self._connection = sqlite3.connect(uri, uri=True, check_same_thread=False, cached_statements=4)
+        try:
+            self._connection = sqlite3.connect(uri, uri=True, check_same_thread=False, cached_statements=4)
+        except sqlite3.Error as error:
+            raise ProfileStoreError(f"{path}: cannot be opened ({error}); see who may read it") from None
         try:
             self.meta: Mapping[str, str] = dict(self._connection.execute("SELECT name, value FROM meta"))
         except sqlite3.DatabaseError as error:

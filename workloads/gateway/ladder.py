@@ -30,6 +30,10 @@ PROBE_FIRST_S: Final = 0.1
 PROBE_LAST_S: Final = 0.5
 """Probes of a lost neighbour come after this at first, and doubling up to the last: recovery is met within a second."""
 
+PATIENCE: Final = 10.0
+"""However far off a client's deadline is, a stage waits this many times its promise at most: a hung neighbour must not
+hold a gateway's places for as long as its clients can wait."""
+
 _CANDIDATES_SHARE: Final = STAGE_P99_MS[Stage.CANDIDATES] / (STAGE_P99_MS[Stage.CANDIDATES] + STAGE_P99_MS[Stage.RANK])
 
 
@@ -64,7 +68,7 @@ def ranks(best_rung: int) -> bool:
 
 def candidates_budget_ms(deadline_ms: float, spent_ms: float, *, ranked_after: bool) -> float:
     """How long candidates may take; with ranking to follow, only their share of the whole. Below 0: no time."""
-    left = deadline_ms - ANSWER_RESERVE_MS - spent_ms
+    left = min(deadline_ms - ANSWER_RESERVE_MS - spent_ms, PATIENCE * STAGE_P99_MS[Stage.CANDIDATES])
     if not ranked_after:
         return left
     return min(left, (deadline_ms - ANSWER_RESERVE_MS) * _CANDIDATES_SHARE)
@@ -73,7 +77,7 @@ def candidates_budget_ms(deadline_ms: float, spent_ms: float, *, ranked_after: b
 def rank_budget_ms(deadline_ms: float, spent_ms: float) -> float:
     """How long ranking may take: its share of the whole, or what is left if that is less. Below 0: no time."""
     whole = deadline_ms - ANSWER_RESERVE_MS
-    return min(whole - spent_ms, whole * (1.0 - _CANDIDATES_SHARE))
+    return min(whole - spent_ms, whole * (1.0 - _CANDIDATES_SHARE), PATIENCE * STAGE_P99_MS[Stage.RANK])
 
 
 class Leave(enum.Enum):

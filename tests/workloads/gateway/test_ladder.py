@@ -45,9 +45,9 @@ def test_candidates_and_rank_at_their_latest_still_leave_the_reserve(deadline: f
 
 
 @given(deadlines, spans)
-def test_without_ranking_candidates_may_use_all_that_is_left(deadline: float, spent: float):
+def test_without_ranking_candidates_may_use_all_that_is_left_within_patience(deadline: float, spent: float):
     alone = candidates_budget_ms(deadline, spent, ranked_after=False)
-    assert alone == deadline - ANSWER_RESERVE_MS - spent
+    assert alone == min(deadline - ANSWER_RESERVE_MS - spent, 10 * STAGE_P99_MS[Stage.CANDIDATES])
     assert candidates_budget_ms(deadline, spent, ranked_after=True) <= alone
 
 
@@ -191,3 +191,10 @@ TestCircuitMachine = CircuitMachine.TestCase
 @pytest.mark.parametrize("reason", list(Reason))
 def test_reasons_are_plain_words_for_a_metrics_label(reason: Reason):
     assert reason.value.replace("_", "").isalpha()
+
+
+def test_a_client_in_no_hurry_does_not_make_a_stage_wait_for_as_long_as_it_would() -> None:
+    minute = 60_000.0
+    for ranked_after in (True, False):
+        assert candidates_budget_ms(minute, 0.0, ranked_after=ranked_after) == 10 * STAGE_P99_MS[Stage.CANDIDATES]
+    assert rank_budget_ms(minute, 0.0) == 10 * STAGE_P99_MS[Stage.RANK]
