@@ -343,15 +343,16 @@ def bench_command(
         replay=replay,
         out=out,
     )
+    if running is not None:
+        bench.run(options, _out)
+        return
+    with jobs.viewing(_out) as view:
+        serving.up(plan, facts, owner=Owner.REHEARSAL, view=view)
     try:
-        if running is None:
-            with jobs.viewing(_out) as view:
-                serving.up(plan, facts, owner=Owner.REHEARSAL, view=view)
         bench.run(options, _out)
     finally:
-        if running is None:
-            with interrupts.shield():
-                serving.down()
+        with interrupts.shield():
+            serving.down()
 
 
 @app.command()

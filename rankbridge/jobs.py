@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Protocol, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -165,7 +165,7 @@ def follow(
                 job.stdout.close()
         except BaseException as error:
             with shield():
-                _stop(job, error.number if isinstance(error, Interrupted) else signal.SIGTERM)
+                _stop(job, error.number if isinstance(error, Interrupted) else signal.SIGTERM, record)
             raise
     if isinstance(last, FaultLine):
         raise DeskError(last.fault, last.remedy)
@@ -192,17 +192,19 @@ def _read(job: subprocess.Popen[str], record: Callable[[str], int], view: View) 
     return last
 
 
-def _stop(job: subprocess.Popen[str], number: signal.Signals) -> None:
-    """Pass the signal on, give the job time to leave a state to go on from, then end it for good."""
+def _stop(job: subprocess.Popen[str], number: signal.Signals, record: TextIO) -> None:
+    """Pass the signal on, give the job time to leave a state to go on from, then end it for good.
+
+    What it still says is read to the end: a job whose reader is gone dies at its next line, before its checkpoint.
+    """
     with contextlib.suppress(ProcessLookupError):
         job.send_signal(number)
-    if job.stdout is not None:
-        job.stdout.close()
     try:
-        job.wait(STOP_WITHIN_S)
+        said, _ = job.communicate(timeout=STOP_WITHIN_S)
     except subprocess.TimeoutExpired:
         job.kill()
-        job.wait()
+        said, _ = job.communicate()
+    record.write(said or "")
 
 
 def _figures(figures: dict[str, float]) -> str:

@@ -133,7 +133,10 @@ def readable(data: Path | None) -> list[DeskError]:
 
 def writable(out: Path) -> list[DeskError]:
     """Whether results can be written to `out`, which may not exist yet."""
-    place = nearest(out.absolute())
+    try:
+        place = nearest(out.absolute())
+    except OSError as error:
+        return [DeskError(f"--out: {(error.strerror or str(error)).lower()}", "give a shorter path")]
     if not place.is_dir():
         return [DeskError(f"--out {out}: {place} is not a folder", "give the path of a folder")]
     if not os.access(place, os.W_OK):

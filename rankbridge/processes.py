@@ -122,6 +122,9 @@ def start(
     deadline = time.monotonic() + _PID_WITHIN_S
     while not pid_file.exists():
         if keeper.poll() is not None or time.monotonic() > deadline:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(keeper.pid, signal.SIGKILL)  # it stands in no state yet: nobody else could find it
+            keeper.wait()
             raise OSError(f"the keeper of {command[0]} did not start; see {log}")
         time.sleep(_POLL_S)
     _keepers.append(keeper)

@@ -352,22 +352,23 @@ class LocalHands:
             min_samples=request.min_samples,
             seed=request.seed if request.seed is not None else 1,
         )
-        finished = False
-        try:
-            with jobs.viewing(self._console) as view:
-                serving.up(plan, facts, owner=Owner.UP if request.keep_up else Owner.REHEARSAL, view=view)
+        with jobs.viewing(self._console) as view:
+            # What cannot come up ends what it started itself; sites that somebody else has up are none of ours.
+            serving.up(plan, facts, owner=Owner.UP if request.keep_up else Owner.REHEARSAL, view=view)
+            finished = False
+            try:
                 judged = load_runs.run(wanted, files, root=self._layout.root, view=view)
-            # Asked right after the load: page tables are at their largest, and asking during it would cost latency.
-            memory = [
-                ProcessMemory(site=site, role=role, pss_mb=held / 2**20)
-                for name, held in serving.supervisor.pss_bytes().items()
-                for site, _, role in [name.partition("-")]
-            ]
-            finished = True
-        finally:
-            if not (finished and request.keep_up):
-                with shield():
-                    serving.down()
+                # Asked right after the load: page tables are at their largest, and asking during it costs latency.
+                memory = [
+                    ProcessMemory(site=site, role=role, pss_mb=held / 2**20)
+                    for name, held in serving.supervisor.pss_bytes().items()
+                    for site, _, role in [name.partition("-")]
+                ]
+                finished = True
+            finally:
+                if not (finished and request.keep_up):
+                    with shield():
+                        serving.down()
         return Loaded(load=judged, memory=memory, durability=durability(files.acknowledged, self._layout.events))
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Final
 from rankbridge.faults import DeskError
 from rankbridge.layout import Layout
 from rankbridge.triton import Triton
+from workloads.agent.injection import parse_injections
 from workloads.contract.http import PATH_READY
 from workloads.contract.sites import SITES, AddressBook, Listener, Site, SiteClass, SiteName
 
@@ -55,13 +55,16 @@ STOP_WAVES: Final[tuple[tuple[Role, ...], ...]] = (
 )
 """Who asks stops before who is asked: a stop is not a fault and should not look like one in the logs."""
 
-_INJECTION = re.compile(r"(ranker-delay)=(\d{1,5})ms")
-
 
 def injection_faults(injections: Sequence[str]) -> list[DeskError]:
-    """One for each injection that nothing knows."""
-    remedy = "the one known form is ranker-delay=<number>ms, as ranker-delay=80ms"
-    return [DeskError(f"cannot inject {text!r}", remedy) for text in injections if not _INJECTION.fullmatch(text)]
+    """One for each injection that the agents would refuse."""
+    faults = []
+    for text in injections:
+        try:
+            parse_injections([text])
+        except ValueError as error:
+            faults.append(DeskError(f"cannot inject: {error}", "write it as --inject ranker-delay=80ms"))
+    return faults
 
 
 def parse_ports(settings: Sequence[str]) -> tuple[AddressBook, list[DeskError]]:

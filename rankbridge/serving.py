@@ -66,13 +66,17 @@ class Serving:
             raise DeskError(str(error), f"bundles here: {known}") from error
 
     def mismatch(self, bundle: Path) -> str | None:
-        """Why what home knows of people does not go with a bundle, in a sentence; None when it does."""
+        """Why what home knows of people does not go with a bundle, in a sentence; None when it does.
+
+        Raises DeskError when home knows nothing: its gateway would not start.
+        """
         trained_on = manifests.decode((bundle / manifests.MANIFEST).read_bytes()).dataset_digest[: manifests.SHORT]
         try:
             with SqliteProfiles(self.layout.profiles) as profiles:
                 prepared = dict(profiles.meta).get("dataset", "unknown")
         except ProfileStoreError as error:
-            return f"home has no profiles: {error}"
+            remedy = "prepare them with `rankbridge data`; `make rehearse` does it all"
+            raise DeskError(f"home has no profiles: {error}", remedy) from error
         if prepared.endswith(trained_on):
             return None
         return f"profiles at home are of data set {prepared}, and the bundle was trained on another ({trained_on})"
@@ -115,15 +119,16 @@ class Serving:
 
     def restart(self, role: Role, site: SiteName) -> None:
         """End one process, start it again as it was, and wait until all that run are ready. Raises DeskError."""
-        running = self.running_plan()
-        if running is None:
-            raise DeskError("nothing is up", "`rankbridge up` starts both sites")
-        plan, facts = running
-        names = {process.name for process in self.processes(plan)}
-        name = f"{site.value}-{role.value}"
-        if name not in names:
-            raise DeskError(f"{site.value} has no {role.value}", f"one of {', '.join(sorted(names))}")
         with self.supervisor.lock():
+            running = self.running_plan()
+            if running is None:
+                raise DeskError("nothing is up", "`rankbridge up` starts both sites")
+            plan, facts = running
+            self.make_way(Owner.UP, facts)
+            names = {process.name for process in self.processes(plan)}
+            name = f"{site.value}-{role.value}"
+            if name not in names:
+                raise DeskError(f"{site.value} has no {role.value}", f"one of {', '.join(sorted(names))}")
             self.supervisor.stop(name)
             running_names = {one.name for one in self.supervisor.alive()} | {name}
             wanted = [process for process in self.processes(plan) if process.name in running_names]

@@ -14,7 +14,7 @@ import http.client
 import os
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
@@ -245,7 +245,7 @@ class Supervisor:
                     begun.append(record)
                     state = state.with_record(record)
                     self._write(state)
-            self._await(wanted, begun)
+            self._await(wanted, begun, {one.name: one.handle.process for one in state.processes})
         except BaseException:
             with shield():
                 self._end(begun)
@@ -315,10 +315,9 @@ class Supervisor:
             grace_s=process.grace_s,
         )
 
-    def _await(self, wanted: Sequence[Process], begun: Sequence[Record]) -> None:
+    def _await(self, wanted: Sequence[Process], begun: Sequence[Record], identities: Mapping[str, Identity]) -> None:
         """Until each is ready, in any order; those that ran already get no longer than the new ones."""
         began = time.monotonic()
-        identities = {one.name: one.handle.process for one in [*self.alive(), *begun]}
         fresh = {one.name for one in begun}
         pending = list(wanted)
         while pending:

@@ -82,6 +82,17 @@ def test_an_interrupt_is_passed_on_and_the_job_may_write_its_state_first(tmp_pat
     assert (tmp_path / "state").read_text() == "here"
 
 
+def test_what_a_job_still_says_while_it_ends_does_not_cost_its_state(tmp_path: Path):
+    code = (
+        "def leave(*_): p.step('train', 1, 2); open('state', 'w').write('here'); sys.exit(130)\n"
+        "signal.signal(signal.SIGINT, leave)\np.note('train', 'begun')\ntime.sleep(60)"
+    )
+    with pytest.raises(Interrupted):
+        job(code, tmp_path, FakeView(at_note=Interrupted(signal.SIGINT)))
+    assert (tmp_path / "state").read_text() == "here"
+    assert '"done":1' in (tmp_path / "job.log").read_text()
+
+
 def test_a_job_that_does_not_heed_an_interrupt_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(jobs, "STOP_WITHIN_S", 0.2)
     code = (

@@ -79,10 +79,11 @@ def test_a_bundle_is_named_by_the_begin_of_its_id_or_is_the_newest(serving: Serv
     assert first.name[:12] in error.value.remedy
 
 
-def test_profiles_of_another_data_set_are_told(serving: Serving, layout: Layout):
+def test_profiles_of_another_data_set_are_told_and_none_at_all_refused(serving: Serving, layout: Layout):
     bundle = build_fake_bundle(layout.bundles)
     trained_on = manifests.decode((bundle / manifests.MANIFEST).read_bytes()).dataset_digest
-    assert "home has no profiles" in (serving.mismatch(bundle) or "")
+    with pytest.raises(DeskError, match="home has no profiles"):
+        serving.mismatch(bundle)
     write_profiles(layout.profiles, [], {"dataset": f"fake-{trained_on[:12]}"})
     assert serving.mismatch(bundle) is None
     write_profiles(layout.profiles, [], {"dataset": "retail-0123456789ab"})

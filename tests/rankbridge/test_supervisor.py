@@ -80,6 +80,20 @@ def test_a_process_that_dies_is_named_with_its_log_and_the_others_are_ended(
     assert layout.log("aws-agent").exists()
 
 
+def test_a_process_that_dies_while_the_missing_are_started_is_named(supervisor: Supervisor, stub: MakeStub):
+    wanted = [stub(Role.TRITON), stub(Role.RETRIEVAL)]
+    supervisor.up(wanted[:1], FACTS, owner=Owner.UP)
+    (first,) = supervisor.alive()
+
+    def kill(_: Process) -> None:
+        os.kill(first.pid, signal.SIGKILL)
+        while processes.is_alive(first.handle.process):
+            time.sleep(0.02)
+
+    with pytest.raises(DeskError, match=r"tritonserver at onprem ended \(signal SIGKILL\)"):
+        supervisor.up(wanted, FACTS, owner=Owner.UP, before=kill)
+
+
 def test_a_process_that_is_never_ready_is_named_with_what_it_waits_for(supervisor: Supervisor, stub: MakeStub):
     with pytest.raises(DeskError, match=r"agent at onprem is not ready after 1 s .*a model"):
         supervisor.up([stub(Role.AGENT, behaviour="never-ready", within_s=1)], FACTS, owner=Owner.UP)

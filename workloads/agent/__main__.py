@@ -15,9 +15,9 @@ from types import FrameType
 from typing import NoReturn
 
 from workloads.agent.door import HttpTriton
+from workloads.agent.injection import parse_injections
 from workloads.agent.installation import Installation, install
 from workloads.agent.keeper import Keeper
-from workloads.agent.repository import parse_injections
 from workloads.agent.service import create_app
 from workloads.bundle.store import BundleFault
 from workloads.contract.sites import SiteClass, SiteName

@@ -10,7 +10,8 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from workloads.agent.repository import SERVED, Injection, render_repository
+from workloads.agent.injection import Injection
+from workloads.agent.repository import SERVED, render_repository
 from workloads.bundle.store import Bundle, copy_bundle, open_bundle
 from workloads.contract.sites import SiteClass
 from workloads.contract.tensors import Signature

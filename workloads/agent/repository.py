@@ -7,16 +7,15 @@ Triton's own Python) where the server is the CPU build without an onnxruntime ba
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from workloads.agent.injection import NOTHING_INJECTED, Injection
 from workloads.bundle.store import Bundle
 from workloads.contract.sites import SiteClass
 from workloads.contract.tensors import RANKER, Signature, TensorSpec
@@ -28,33 +27,10 @@ MODEL_FILE: Final = "model.onnx"
 BACKEND_SOURCE: Final = Path(__file__).with_name("ranker_backend.py")
 
 _DATA_TYPES: Final[Mapping[str, str]] = {"int64": "TYPE_INT64", "float32": "TYPE_FP32"}
-_INJECTION: Final = re.compile(r"ranker-delay=(\d+(?:\.\d+)?)ms")
-DELAY_MAX_MS: Final = 10_000.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Injection:
-    """Faults planted for a rehearsal."""
-
-    ranker_delay_ms: float = 0.0
-    """Slept by the ranker before each batch."""
-
-
-def parse_injections(texts: list[str]) -> Injection:
-    """`["ranker-delay=80ms"]` as an Injection. Raises ValueError that names the fault and what is known."""
-    delay = 0.0
-    for text in texts:
-        match = _INJECTION.fullmatch(text)
-        if match is None:
-            raise ValueError(f"unknown injection {text!r}; known is ranker-delay=<milliseconds>ms (ranker-delay=80ms)")
-        delay = float(match[1])
-        if not 0 < delay <= DELAY_MAX_MS:
-            raise ValueError(f"{text!r}: the delay must be above 0 and at most {DELAY_MAX_MS:.0f} ms")
-    return Injection(ranker_delay_ms=delay)
 
 
 def render_repository(
-    bundle: Bundle, repository: Path, site_class: SiteClass, injection: Injection = Injection()
+    bundle: Bundle, repository: Path, site_class: SiteClass, injection: Injection = NOTHING_INJECTED
 ) -> tuple[str, ...]:
     """Write the bundle's models into `repository` and return their Triton names.
 
@@ -75,7 +51,7 @@ def render_repository(
     return tuple(names)
 
 
-def config(signature: Signature, name: str, site_class: SiteClass, injection: Injection = Injection()) -> str:
+def config(signature: Signature, name: str, site_class: SiteClass, injection: Injection = NOTHING_INJECTED) -> str:
     """`config.pbtxt` of a model (protobuf text format of Triton's ModelConfig), complete without auto-completion.
 
     On a GPU batches form from what waits, and nothing waits for a batch to form. On a CPU arithmetic

@@ -11,7 +11,8 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from workloads.agent.repository import BACKEND_SOURCE, Injection, render_repository
+from workloads.agent.injection import Injection
+from workloads.agent.repository import BACKEND_SOURCE, render_repository
 from workloads.bundle.store import open_bundle
 from workloads.contract.sites import SiteClass
 from workloads.contract.tensors import RANKER, RANKER_DENSE, RANKER_SPARSE

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from workloads.agent.repository import Injection, config, parse_injections, render_repository
+from workloads.agent.injection import Injection, parse_injections
+from workloads.agent.repository import config, render_repository
 from workloads.bundle.store import open_bundle
 from workloads.contract.sites import SiteClass
 from workloads.contract.tensors import ITEM_TOWER, RANKER, RANKER_DENSE, RANKER_SPARSE

@@ -22,9 +22,10 @@ import pytest
 
 from rankbridge.triton import locate, remove_shared_memory
 from workloads.agent.door import HttpTriton, TritonError
+from workloads.agent.injection import Injection
 from workloads.agent.installation import install
 from workloads.agent.keeper import Keeper
-from workloads.agent.repository import Injection, render_repository
+from workloads.agent.repository import render_repository
 from workloads.bundle.store import open_bundle
 from workloads.contract.sites import ONPREM, AddressBook, Listener, SiteClass
 from workloads.contract.tensors import RANKER, RANKER_DENSE, RANKER_SPARSE
