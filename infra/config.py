@@ -449,10 +449,11 @@ def _cloud(entry: Reader, site: Site) -> CloudSite:
 
     def parse(value: object) -> tuple[IPv4Network, ...] | None:
         found = [as_network(v) for v in value] if isinstance(value, list) else [None]
-        good = [n for n in found if n is not None and n.prefixlen >= 8]
-        return tuple(good) if len(good) == len(found) else None
+        good = tuple(n for n in found if n is not None and n.prefixlen >= 8)
+        return good if len(good) == len(found) else None
 
-    cidrs = entry.parsed("egress_cidrs", parse, allowed, (), optional=True)
+    nothing: tuple[IPv4Network, ...] = ()
+    cidrs = entry.parsed("egress_cidrs", parse, allowed, nothing, optional=True)
     if cidrs and egress is Egress.NONE:
         entry.fault("egress_cidrs", ", ".join(map(str, cidrs)), "removed while egress is none: there is no way out")
     names = "|".join(re.escape(e) for e in INTERFACE_ENDPOINTS)
@@ -486,7 +487,7 @@ def _network_and_vpn(
     cipher = vpn.choice("cipher", Cipher, Cipher.AES256_GCM)
     group = vpn.parsed(
         "dh_group",
-        lambda v: DhGroup(v) if v in tuple(DhGroup) and not isinstance(v, bool) else None,
+        lambda v: next((g for g in DhGroup if isinstance(v, int) and g.value == v), None),
         "19, 20 or 21 (elliptic curve groups, RFC 5903)",
         DhGroup.P384,
         optional=True,
