@@ -384,6 +384,15 @@ class Notices(pulumi.ComponentResource):
                 arn=self.queue.arn,
                 opts=ResourceOptions(parent=self, depends_on=[policy]),
             )
+        aws.ssm.Parameter(
+            full,
+            name=names.path(site.name, "notices"),
+            description="URL of the queue with spot, rebalance and termination notices",
+            type="String",
+            value=self.queue.url,
+            tags=names.tags(full, site=site.name),
+            opts=child,
+        )
         self.register_outputs({"queueUrl": self.queue.url})
 
     @staticmethod

@@ -95,6 +95,10 @@ class Scope:
         """Any regional resource of the account."""
         return f"arn:aws:{service}:{region}:{self.account}:{resource}"
 
+    def parameter_arn(self, region: str, *path: str) -> str:
+        """A parameter of the environment."""
+        return self.arn("ssm", region, f"parameter{self.names.path(*path)}")
+
     def group_arn(self, region: str, group: str) -> str:
         """An Auto Scaling group; its ARN holds an id that AWS makes up."""
         return self.arn("autoscaling", region, f"autoScalingGroup:*:autoScalingGroupName/{group}")
@@ -140,6 +144,7 @@ def _write(scope: Scope, data: DataClass, path: str) -> Statement:
 def workload(role: Role, scope: Scope, region: str, *, groups: Sequence[tuple[str, str]], queues: Sequence[str]) -> str:
     """What a workload may do. `groups` are (region, Auto Scaling group name), `queues` are ARNs."""
     group_arns = [scope.group_arn(r, name) for r, name in groups]
+    find_buckets = allow("FindBuckets", ["ssm:GetParameter"], [scope.parameter_arn(region, "buckets")])
     match role:
         case Role.TRAINER:
             # Reads what was replicated, writes candidates; what is published it can only read.
@@ -147,7 +152,8 @@ def workload(role: Role, scope: Scope, region: str, *, groups: Sequence[tuple[st
                 *_read(scope, DataClass.DATA),
                 *_read(scope, DataClass.MODELS),
                 _write(scope, DataClass.DATA, "/candidates/*"),
-                _use_key(scope, region, ["data"], _WRITE_KEY),
+                _use_key(scope, region, ["data", "models"], _WRITE_KEY),
+                find_buckets,
             ]
         case Role.PUBLISHER:
             # Writes under digests and moves channels; Object Lock keeps what is published.
@@ -156,11 +162,13 @@ def workload(role: Role, scope: Scope, region: str, *, groups: Sequence[tuple[st
                 *_read(scope, DataClass.DATA, "/candidates/*"),
                 _write(scope, DataClass.MODELS, "/*"),
                 _use_key(scope, region, ["data", "models"], _WRITE_KEY),
+                find_buckets,
             ]
         case Role.READER | Role.AGENT:
             statements = [
                 *_read(scope, DataClass.MODELS),
                 _use_key(scope, region, ["models"], _READ_KEY),
+                find_buckets,
             ]
         case Role.AUTOSCALER:
             statements = [

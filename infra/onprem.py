@@ -1,8 +1,8 @@
 """The private k3s cluster: servers with embedded etcd one after the other, then agents, over SSH.
 
 The script of a host goes through stdin, because it holds the join tokens: no secret is in a command line, and nothing
-that a host prints is logged. Destroying the stack leaves the hosts as they are; taking a host out is an operator's decision
-(docs/foundation.md). What is installed is `infra.cluster`'s business.
+that a host prints is logged. Destroying the stack leaves the hosts as they are; taking a host out is an operator's
+decision (docs/foundation.md). What is installed is `infra.cluster`'s business.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""A Pulumi engine that only writes down: the fake beside the real one, for tests and for the documents made from a stack.
+"""A Pulumi engine that only writes down: the fake beside the real one, for tests and for documents made from a stack.
 
 `record` runs the very program that Pulumi would run (`infra/__main__.py`, by runpy) against it. It keeps what the SDK
-sends over the wire, so secrets stay marked as secrets and property names are the engine's. In a preview nothing that only
-a cloud can know is known; otherwise each resource gets made-up outputs of the right shape (`_computed`). It does not
-validate inputs as a provider would: that is what tests/engine is for.
+sends over the wire, so secrets stay marked as secrets and property names are the engine's. In a preview nothing that
+only a cloud can know is known; otherwise each resource gets made-up outputs of the right shape (`_computed`). It does
+not validate inputs as a provider would: that is what tests/engine is for.
 """
 
 from __future__ import annotations
@@ -225,9 +225,7 @@ def _hide(value: Any) -> Any:  # noqa: ANN401 -- as untyped as the wire
     return value
 
 
-def _computed(
-    type_: str, name: str, inputs: Mapping[str, Any], recorded: Sequence[Recorded]
-) -> dict[str, Any]:
+def _computed(type_: str, name: str, inputs: Mapping[str, Any], recorded: Sequence[Recorded]) -> dict[str, Any]:
     """Outputs that a provider would fill in: an ARN for everything, and what the program reads of some types."""
     service = type_.partition(":")[2].partition("/")[0]
     given = inputs.get("name") or inputs.get("bucket") or name
@@ -258,7 +256,9 @@ def _computed(
 
 def _configuration(inputs: Mapping[str, Any], addresses: Sequence[str], recorded: Sequence[Recorded]) -> str:
     """AWS's configuration XML for a connection as it was declared, in AWS's layout."""
-    by_id = {f"{r.name}-id": r for r in recorded if r.type.startswith(("aws:ec2/customerG", "aws:ec2/vpnG", "aws:ec2trans"))}
+    by_id = {
+        f"{r.name}-id": r for r in recorded if r.type.startswith(("aws:ec2/customerG", "aws:ec2/vpnG", "aws:ec2trans"))
+    }
     router = by_id[inputs["customerGatewayId"]].inputs
     gateway = by_id[inputs.get("vpnGatewayId") or inputs["transitGatewayId"]].inputs
     ends = []

@@ -178,6 +178,15 @@ class Storage(pulumi.ComponentResource):
                 ),
                 ResourceOptions(parent=self),
             )
+        # For jobs that read no Pulumi state.
+        aws.ssm.Parameter(
+            "buckets",
+            name=args.config.names.path("buckets"),
+            type="String",
+            value=json.dumps({d.value: args.scope.bucket(d) for d in DataClass}, sort_keys=True),
+            tags=args.config.names.tags("buckets"),
+            opts=ResourceOptions(parent=self),
+        )
         if args.replica_provider is not None and settings.replica_region is not None:
             self._replicate(args.replica_provider, settings.replica_region)
         self.register_outputs({})

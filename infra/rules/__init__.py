@@ -45,7 +45,7 @@ class Resource:
                 return None
         return value
 
-    def list(self, *path: str | int) -> Sequence[Value]:
+    def sequence(self, *path: str | int) -> Sequence[Value]:
         """The list at a path, empty where there is none."""
         value = self.get(*path)
         return value if isinstance(value, list | tuple) else ()
@@ -97,7 +97,9 @@ def evaluate(rules: Iterable[Rule], resources: Sequence[Resource], context: Cont
         if rule.check is not None:
             for resource in resources:
                 if not rule.types or resource.type in rule.types:
-                    found += [Violation(rule.name, resource.type, resource.name, m) for m in rule.check(resource, context)]
+                    found += [
+                        Violation(rule.name, resource.type, resource.name, m) for m in rule.check(resource, context)
+                    ]
         if rule.check_all is not None and context.everything:
             found += [Violation(rule.name, r.type, r.name, m) for r, m in rule.check_all(resources, context)]
     return found

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from infra import config, stackfile
+from infra import config, recording, stackfile
 
 SHA256 = "".join(f"{i:02x}" for i in range(32))
 TRUST_ANCHOR = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
@@ -41,3 +41,19 @@ def fill(stack: str, edit: Callable[[dict[str, Any]], None] | None = None) -> Fi
 @pytest.fixture
 def filled() -> Callable[..., Filled]:
     return fill
+
+
+_RECORDINGS: dict[tuple[str, bool], recording.Recording] = {}
+
+
+def recorded(stack: str, *, preview: bool = False) -> recording.Recording:
+    """The recorded program of a committed stack; each is run once."""
+    key = (stack, preview)
+    if key not in _RECORDINGS:
+        _RECORDINGS[key] = recording.record(stack, *fill(stack), preview=preview)
+    return _RECORDINGS[key]
+
+
+@pytest.fixture(name="recorded")
+def _recorded() -> Callable[..., recording.Recording]:
+    return recorded
