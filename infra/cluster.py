@@ -263,6 +263,8 @@ def host_script(config: FoundationConfig, host: Host, secrets: Sequence[File], e
 _HOST_SCRIPT: Final = """\
 set -eu
 umask 077
+airgap={airgap}
+timers='{timers}'
 changed=no
 
 if command -v cloud-init >/dev/null 2>&1; then
@@ -289,7 +291,7 @@ is_k3s() {{
 {puts}
 
 if ! is_k3s /usr/local/bin/k3s; then
-    if [ {airgap} = yes ]; then
+    if [ "$airgap" = yes ]; then
         cp {directory}/k3s /usr/local/bin/k3s.new
         mkdir -p /var/lib/rancher/k3s/agent/images
         cp {directory}/k3s-airgap-images-amd64.tar.zst /var/lib/rancher/k3s/agent/images/
@@ -314,7 +316,7 @@ if [ $changed = yes ]; then
     systemctl restart {name}
 fi
 systemctl is-active --quiet {name} || systemctl start {name}
-for timer in {timers}; do
+for timer in $timers; do
     systemctl enable --quiet --now "$timer"
 done
 """.replace("{sysctl}", SYSCTL)

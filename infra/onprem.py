@@ -62,7 +62,8 @@ class OnPrem(pulumi.ComponentResource):
             )
             config = args.config
             text: Output[str] = read.stdout.apply(lambda text: cluster.kubeconfig(text, config))
-            self.kubeconfig = Output.secret(text)
+            hidden: Output[str] = Output.secret(text)
+            self.kubeconfig = hidden
         self.register_outputs({})
 
     def _connection(self, host: Host) -> command.remote.ConnectionArgs:

@@ -110,7 +110,7 @@ def record(
     async def run() -> None:
         mocks.set_mocks(_NoMocks(), project="rankbridge", stack=stack, preview=preview, monitor=monitor)
         set_all_config(dict(values), list(secrets))
-        await run_pulumi_func(lambda: runpy.run_path(str(PROGRAM), run_name="__main__"))
+        await run_pulumi_func(_program)
         root = pulumi.runtime.get_root_resource()
         if not isinstance(root, pulumi.runtime.stack.Stack):
             raise TypeError("the program ran without a stack")
@@ -127,6 +127,10 @@ def record(
         set_all_config({}, [])
     seconds = time.perf_counter() - started
     return Recording(stack, tuple(monitor.recorded), outputs, frozenset(hidden), seconds)
+
+
+def _program() -> None:
+    runpy.run_path(str(PROGRAM), run_name="__main__")
 
 
 def _run(coroutine: Any) -> None:  # noqa: ANN401 -- a coroutine

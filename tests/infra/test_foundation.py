@@ -219,8 +219,8 @@ def test_only_the_nodes_own_role_reads_the_token_and_only_this_one(recorded: Rec
         for statement in json.loads(policy.inputs["policy"])["Statement"]:
             if "secretsmanager:GetSecretValue" in statement["Action"]:
                 readers[policy.name] = statement["Resource"]
-    token = "arn:aws:secretsmanager:eu-central-1:111122223333:secret:rankbridge-prod/aws/k3s-agent-token-??????"
-    assert readers == {"nodes-aws": [token]}
+    arn = "arn:aws:secretsmanager:eu-central-1:111122223333:secret:rankbridge-prod/aws/k3s-agent-token-??????"
+    assert readers == {"nodes-aws": [arn]}
 
 
 def test_spot_rebalance_and_termination_notices_reach_one_queue(recorded: Record):

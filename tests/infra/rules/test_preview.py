@@ -44,9 +44,7 @@ def document(recorded: Recording) -> dict[str, Any]:
     }
 
 
-def test_a_clean_preview_passes(
-    recorded: Callable[..., Recording], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_a_clean_preview_passes(recorded: Callable[..., Recording], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = recorded("foundation-prod", preview=True)
     path = tmp_path / "preview.json"
     path.write_text(json.dumps(document(run)))
@@ -68,8 +66,9 @@ def test_a_violation_in_a_preview_is_one_line_and_exit_code_one(
 
 
 def test_secrets_and_unknowns_are_told_apart():
-    step = {"op": "update", "newState": {"urn": "a::b", "custom": True, "type": "t", "inputs": {
-        "a": UNKNOWN_TEXT, "b": "[secret]", "c": [{"4dabf18193072939515e22adb298388d": "x", "ciphertext": "y"}]}}}  # fmt: skip
+    hidden = {"4dabf18193072939515e22adb298388d": "x", "ciphertext": "y"}
+    inputs = {"a": UNKNOWN_TEXT, "b": "[secret]", "c": [hidden]}
+    step = {"op": "update", "newState": {"urn": "a::b", "custom": True, "type": "t", "inputs": inputs}}
     (resource,) = preview.resources({"steps": [step]})
     assert resource.inputs == {"a": UNKNOWN, "b": SECRET, "c": [SECRET]}
 
