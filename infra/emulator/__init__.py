@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 import urllib.error
 import urllib.request
@@ -82,20 +81,26 @@ class Emulator:
         if self.pid() is None and self.healthy():
             raise EmulatorError(f"another process already answers as LocalStack on port {self.port}: stop it first")
         self.home.mkdir(parents=True, exist_ok=True)
-        with (self.home / "log").open("w") as log:
-            process = subprocess.Popen(
+        # Spawned, not a Popen: it outlives the object, and this process too when it is a command line.
+        log = os.open(self.home / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            pid = os.posix_spawn(
+                python,
                 [str(python), "-m", "localstack.runtime.main"],
-                cwd=self.home,
-                env=self._environment(),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
+                self._environment(),
+                file_actions=[
+                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                    (os.POSIX_SPAWN_DUP2, log, 1),
+                    (os.POSIX_SPAWN_DUP2, log, 2),
+                ],
+                setsid=True,
             )
-        self._pid_file.write_text(f"{process.pid}\n")
+        finally:
+            os.close(log)
+        self._pid_file.write_text(f"{pid}\n")
         deadline = time.monotonic() + READY_SECONDS
         while not self.healthy():
-            if process.poll() is not None or time.monotonic() > deadline:
+            if _reaped(pid) or time.monotonic() > deadline:
                 self.stop()
                 tail = (self.home / "log").read_text()[-400:]
                 raise EmulatorError(f"LocalStack did not become healthy; the end of {self.home / 'log'}:\n{tail}")
