@@ -192,7 +192,7 @@ class Network(pulumi.ComponentResource):
             route_table_ids=[t.id for t in self.route_tables],
             policy=iam.s3_endpoint_policy(buckets, images=site.region),
             tags=self._tags(f"{site.name}-s3-gateway"),
-            opts=self._child,
+            opts=ResourceOptions(parent=self, ignore_changes=self._args.config.emulator_forgets("policy")),
         )
 
     def _security_group(
@@ -242,8 +242,8 @@ class Network(pulumi.ComponentResource):
                 to_port=cluster.VXLAN_PORT,
                 self=True,
             ),
+            # S3 in the region.
             aws.ec2.SecurityGroupEgressArgs(
-                description="S3 in the region",
                 protocol="tcp",
                 from_port=443,
                 to_port=443,
@@ -305,7 +305,7 @@ class Network(pulumi.ComponentResource):
                 private_dns_enabled=own_names,
                 policy=policy,
                 tags=self._tags(f"{site.name}-{service}"),
-                opts=self._child,
+                opts=ResourceOptions(parent=self, ignore_changes=config.emulator_forgets("policy")),
             )
 
         # The gateway endpoint answers S3's own names inside the VPC; home uses the endpoint's names instead.
@@ -617,7 +617,7 @@ class Nodes(pulumi.ComponentResource):
                 for kind in ("instance", "volume", "network-interface")
             ],
             tags=tags,
-            opts=self._child,
+            opts=ResourceOptions(parent=self, ignore_changes=args.config.emulator_forgets("tagSpecifications")),
         )
 
     def _mixed(self, template: aws.ec2.LaunchTemplate) -> aws.autoscaling.GroupMixedInstancesPolicyArgs:

@@ -239,7 +239,8 @@ class Alarms:
     """Whom to tell, and about how much money."""
 
     email: str | None
-    budget_usd: int
+    budget_usd: int | None
+    """None only on an emulator, which cannot hold a budget's subscribers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,6 +273,13 @@ class FoundationConfig:
     def names(self) -> plan.Names:
         """The environment's naming scheme."""
         return plan.Names(self.environment, self.owner)
+
+    def emulator_forgets(self, *properties: str) -> list[str] | None:
+        """Properties that an emulator answers otherwise than they were set: no change of ours there, and only there.
+
+        tests/infra/test_emulator.py shows each of them.
+        """
+        return list(properties) if self.emulator is not None else None
 
     @property
     def secret_keys(self) -> tuple[str, ...]:
@@ -322,7 +330,7 @@ def read(
     storage = _storage(root, tuple(regions.values()), emulator)
     identity = _identity(root, emulator)
     repositories = root.texts("repositories", r"[a-z][a-z0-9-]{1,40}", "a list of different image names")
-    alarms = _alarms(root)
+    alarms = _alarms(root, emulator)
     root.finish()
 
     # A node anywhere takes a slice of the pod range.
@@ -708,10 +716,12 @@ def _identity(root: Reader, emulator: Emulator | None) -> Identity:
     return Identity(trust, anchor)
 
 
-def _alarms(root: Reader) -> Alarms:
-    section = root.section("alarms")
+def _alarms(root: Reader, emulator: Emulator | None) -> Alarms:
+    section = root.section("alarms", optional=emulator is not None)
     email = section.text("email", r"[^@\s]+@[^@\s]+\.[a-z]{2,}", "an e-mail address", "") or None
-    budget = section.number("budget_usd", 1, 10_000_000, None, "a month")
+    budget = None
+    if section.has("budget_usd") or emulator is None:
+        budget = section.number("budget_usd", 1, 10_000_000, None, "a month")
     section.finish()
     return Alarms(email, budget)
 

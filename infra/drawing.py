@@ -1,7 +1,7 @@
 """Draws a recorded foundation as one SVG: sites, tunnels, node groups, buckets.
 
-Everything in the picture is read from the recorded resources; what is not declared is not drawn. Text only: no font, image
-or script is loaded. Colours are readable on a light and on a dark page.
+Everything in the picture is read from the recorded resources; what is not declared is not drawn. Text only: no font,
+image or script is loaded. Colours are readable on a light and on a dark page.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ _PAD: Final = 16
 _STYLE: Final = """
   text { font: 13px system-ui, sans-serif; fill: #1f2937 }
   .title { font-weight: 600; font-size: 15px }
+  .store + .title { font-size: 13px }
   .small { font-size: 12px; fill: #4b5563 }
   .site { fill: #f8fafc; stroke: #64748b; stroke-width: 1.5 }
   .part { fill: #ffffff; stroke: #94a3b8 }
@@ -48,7 +49,8 @@ class Box:
     def svg(self) -> str:
         """The box and its text."""
         parts = [
-            f'<rect class="{self.style}" x="{self.x}" y="{self.y}" width="{self.width}" height="{self.height}" rx="6"/>',
+            f'<rect class="{self.style}" x="{self.x}" y="{self.y}" '
+            f'width="{self.width}" height="{self.height}" rx="6"/>',
             _text(self.x + 12, self.y + 22, self.title, "title"),
         ]
         parts += [_text(self.x + 12, self.y + 22 + _LINE * n, line) for n, line in enumerate(self.lines, 1)]
@@ -113,10 +115,8 @@ def _private(run: Recording, site: dict[str, str], x: int, y: int) -> list[Box]:
     router = next(
         r for r in run.of("aws:ec2/customerGateway:CustomerGateway") if r.inputs["tags"]["site"] == site["name"]
     )
-    boxes = [
-        Box(x, y, 290, "VPN router", [f"strongSwan + FRR, ASN {router.inputs.get('bgpAsn') or router.inputs['bgpAsnExtended']}",
-                                     f"at {router.inputs['ipAddress']}"]),
-    ]  # fmt: skip
+    asn = router.inputs.get("bgpAsn") or router.inputs["bgpAsnExtended"]
+    boxes = [Box(x, y, 290, "VPN router", [f"strongSwan + FRR, ASN {asn}", f"at {router.inputs['ipAddress']}"])]
     hosts = [r for r in run.of("command:remote:Command") if r.name != "kubeconfig"]
     if site["kind"] == "home" and hosts:
         api = run.outputs["api_url"]
@@ -192,9 +192,9 @@ def _tunnels(connection: Recorded, middles: dict[str, int], x1: int, x2: int) ->
         parts.append(_text(x1 + 24, (y1 + y2) // 2 - 5, label, "small"))
     (group,) = connection.inputs["tunnel1Phase1DhGroupNumbers"]
     (cipher,) = connection.inputs["tunnel1Phase1EncryptionAlgorithms"]
-    parts.append(
-        _text(x1 + 24, (middles[private] + middles[cloud]) // 2 + 42, f"IKEv2, {cipher}, group {group}", "small")
-    )
+    middle = (middles[private] + middles[cloud]) // 2
+    parts.append(_text(x1 + 24, middle + 60, f"DH group {group}", "small"))
+    parts.append(_text(x1 + 24, middle + 42, f"IKEv2, {cipher}", "small"))
     return parts
 
 

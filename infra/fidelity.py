@@ -17,7 +17,7 @@ MOTO: Final = "LocalStack + plugin (moto)"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the ledger. `driven` says whether a test sends this document to the emulator without the Pulumi CLI."""
+    """One line of the ledger. `driven`: a test sends this document to the emulator, without the Pulumi CLI."""
 
     emulator: str
     proves: str
@@ -30,18 +30,22 @@ _TAGS: Final = "the call is accepted and read back"
 LEDGER: Final[dict[str, Row]] = {
     "aws:autoscaling/group:Group": Row(
         MOTO,
-        "template, overrides, shares, hooks and tags are accepted; instances start with our user data and tags",
-        "that instances boot: there is no machine behind them. Hooks hold nothing back, warm pools and refreshes do "
+        "template, overrides, shares and tags are accepted; instances start with our user data and tags",
+        "that instances boot: there is no machine behind them. Hooks given with the group are forgotten, refreshes do "
         "nothing, shares of an uneven number are rounded down",
         driven=True,
     ),
-    "aws:budgets/budget:Budget": Row(MOTO, _TAGS, "that anything is counted or reported", driven=True),
+    "aws:budgets/budget:Budget": Row(
+        RECORDED, "threshold and topic are declared", "everything else: moto has no subscribers and no tags of budgets"
+    ),
     "aws:cloudwatch/eventRule:EventRule": Row(
         LOCALSTACK, "each pattern matches its notice and no other", "that AWS sends such notices", driven=True
     ),
     "aws:cloudwatch/eventTarget:EventTarget": Row(LOCALSTACK, _TAGS, "delivery of AWS's own notices"),
     "aws:cloudwatch/metricAlarm:MetricAlarm": Row(
-        LOCALSTACK, _TAGS, "that it rings: nothing publishes AWS/VPN TunnelState"
+        LOCALSTACK,
+        "the alarm is accepted",
+        "that it rings: nothing publishes AWS/VPN TunnelState. Its tags are forgotten",
     ),
     "aws:ec2/customerGateway:CustomerGateway": Row(
         LOCALSTACK, "address and ASN are accepted", "that a router answers", driven=True
@@ -53,7 +57,8 @@ LEDGER: Final[dict[str, Row]] = {
     "aws:ec2/launchTemplate:LaunchTemplate": Row(
         LOCALSTACK,
         "the template is accepted, and instances carry its user data byte for byte",
-        "that `resolve:ssm:` images resolve (local names an image id), IMDSv2, encryption of volumes",
+        "that `resolve:ssm:` images resolve (local names an image id), IMDSv2, encryption of volumes; its own tags "
+        "appear among those of its instances",
         driven=True,
     ),
     "aws:ec2/natGateway:NatGateway": Row(LOCALSTACK, _TAGS, "traffic"),
@@ -61,17 +66,19 @@ LEDGER: Final[dict[str, Row]] = {
     "aws:ec2/routeTable:RouteTable": Row(LOCALSTACK, _TAGS, "traffic", driven=True),
     "aws:ec2/routeTableAssociation:RouteTableAssociation": Row(LOCALSTACK, _TAGS, "traffic"),
     "aws:ec2/securityGroup:SecurityGroup": Row(
-        LOCALSTACK, "the rules are well formed", "packet filtering: rules are judged by infra.rules instead"
+        LOCALSTACK, "the rules are well formed", "packet filtering: infra.rules judges the rules instead"
     ),
     "aws:ec2/subnet:Subnet": Row(LOCALSTACK, "ranges fit the VPC and each other", "that zones are apart", driven=True),
     "aws:ec2/vpc:Vpc": Row(LOCALSTACK, "the range is accepted", "a network", driven=True),
     "aws:ec2/vpcEndpoint:VpcEndpoint": Row(
-        LOCALSTACK, _TAGS, "names, private DNS, endpoint policies; home uses the emulator's own address"
+        LOCALSTACK,
+        _TAGS,
+        "names, private DNS, endpoint policies (their version is lost); home uses the emulator's own address",
     ),
     "aws:ec2/vpnConnection:VpnConnection": Row(
         LOCALSTACK,
         "the connection is accepted, and its XML has AWS's layout, which our reader reads",
-        "tunnel options: ranges, keys and proposals are ignored, the XML holds made-up values and the same tunnel twice "
+        "tunnel options: ranges, keys and proposals are ignored, the XML holds made-up values and one tunnel twice "
         "(vpn.verify_xml is false there). The private end is checked by strongSwan, FRR and nft themselves",
         driven=True,
     ),
@@ -164,12 +171,12 @@ def page(types: Collection[str]) -> str:
     lines = [
         "# Fidelity ledger",
         "",
-        "What stands for the real thing when there is no AWS, what that proves and what it does not. Generated from",
-        "`infra/fidelity.py` by `make infra-docs`; a declared type without a row fails the tests.",
+        "What stands for the real thing when there is no AWS, what that proves and what it does not.",
+        "Generated from `infra/fidelity.py` by `make infra-docs`; a declared type without a row fails the tests.",
         "",
-        "*Driven* means that a test sends the very document which the program renders to the emulator, without the Pulumi",
-        "CLI. With it, `tests/engine` brings up the whole of `foundation-local`; rows of *recording only* are in no stack",
-        "that an emulator can run. Policy rules (`infra/rules`) hold for all of them.",
+        "*Driven* means that a test sends the very document which the program renders to the emulator, without the",
+        "Pulumi CLI. With it, `tests/engine` brings up the whole of `foundation-local`; rows of *recording only* are",
+        "in no stack that an emulator can run. Policy rules (`infra/rules`) hold for all of them.",
         "",
         "| resource | stands for it | driven | proves | does not prove |",
         "|---|---|---|---|---|",

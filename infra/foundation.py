@@ -30,7 +30,6 @@ from infra.vpn.component import Connection, ConnectionArgs, Gateway, GatewayArgs
 
 EMULATED_SERVICES: Final = (
     "autoscaling",
-    "budgets",
     "cloudwatch",
     "ec2",
     "ecr",

@@ -131,26 +131,26 @@ class Alarms(pulumi.ComponentResource):
             aws.sns.TopicSubscription(
                 "alarms-email", topic=self.topic.arn, protocol="email", endpoint=config.alarms.email, opts=child
             )
-        aws.budgets.Budget(
-            "monthly",
-            name=names.of("monthly"),
-            # Without it the provider asks an API that not every AWS has.
-            account_id=config.account,
-            budget_type="COST",
-            limit_amount=f"{config.alarms.budget_usd}.0",
-            limit_unit="USD",
-            time_unit="MONTHLY",
-            notifications=[
-                aws.budgets.BudgetNotificationArgs(
-                    comparison_operator="GREATER_THAN",
-                    threshold=threshold,
-                    threshold_type="PERCENTAGE",
-                    notification_type=kind,
-                    subscriber_sns_topic_arns=[self.topic.arn],
-                )
-                for threshold, kind in ((80, "ACTUAL"), (100, "FORECASTED"))
-            ],
-            tags=names.tags("monthly"),
-            opts=ResourceOptions(parent=self, depends_on=[policy]),
-        )
+        if config.alarms.budget_usd is not None:
+            aws.budgets.Budget(
+                "monthly",
+                name=names.of("monthly"),
+                account_id=config.account,
+                budget_type="COST",
+                limit_amount=f"{config.alarms.budget_usd}.0",
+                limit_unit="USD",
+                time_unit="MONTHLY",
+                notifications=[
+                    aws.budgets.BudgetNotificationArgs(
+                        comparison_operator="GREATER_THAN",
+                        threshold=threshold,
+                        threshold_type="PERCENTAGE",
+                        notification_type=kind,
+                        subscriber_sns_topic_arns=[self.topic.arn],
+                    )
+                    for threshold, kind in ((80, "ACTUAL"), (100, "FORECASTED"))
+                ],
+                tags=names.tags("monthly"),
+                opts=ResourceOptions(parent=self, depends_on=[policy]),
+            )
         self.register_outputs({"topicArn": self.topic.arn})

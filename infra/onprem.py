@@ -60,11 +60,12 @@ class OnPrem(pulumi.ComponentResource):
                     parent=self, depends_on=servers[:1], additional_secret_outputs=["stdout", "stderr"]
                 ),
             )
-            config = args.config
-            text: Output[str] = read.stdout.apply(lambda text: cluster.kubeconfig(text, config))
-            hidden: Output[str] = Output.secret(text)
-            self.kubeconfig = hidden
+            self.kubeconfig = self._reachable(read)
         self.register_outputs({})
+
+    def _reachable(self, read: command.remote.Command) -> Output[str]:
+        config = self._args.config
+        return Output.secret(read.stdout.apply(lambda text: cluster.kubeconfig(text, config)))
 
     def _connection(self, host: Host) -> command.remote.ConnectionArgs:
         onprem = self._args.config.onprem
@@ -88,12 +89,14 @@ class OnPrem(pulumi.ComponentResource):
             return cluster.host_script(args.config, host, secrets, files)
 
         inputs: list[Any] = [args.server_token, args.agent_token, args.server_files]
+        text: Output[str] = Output.all(*inputs).apply(script)
+        hidden: Output[str] = Output.secret(text)
         return command.remote.Command(
             host.name,
             connection=self._connection(host),
             # Runs again, on the same resource, whenever the script changes; it restarts k3s only if it must.
             create="sudo -n sh -s",
-            stdin=Output.secret(Output.all(*inputs).apply(script)),
+            stdin=hidden,
             logging=command.remote.Logging.NONE,
             opts=ResourceOptions(
                 parent=self, depends_on=list(after), additional_secret_outputs=["stdout", "stderr", "stdin"]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from infra import config, drawing, fidelity, recording, stackfile
+from infra.plan import FaultsError
 from infra.recording import Recording
 
 DOCS: Final = Path(__file__).resolve().parents[1] / "docs"
@@ -38,7 +39,7 @@ def sample(stack: str, **sections: Any) -> tuple[dict[str, str], frozenset[str]]
         values[f"rankbridge:{key}"] = stackfile.raw(value)
     try:
         config.read(stack, values)
-    except config.FaultsError as error:
+    except FaultsError as error:
         missing = [f.key for f in error.faults if f.value == "nothing"]
         secrets = {f"rankbridge:{k}": v for k, v in stackfile.sample_secrets(missing).items()}
         return values | secrets, frozenset(secrets)

@@ -22,6 +22,7 @@ from typing import Final
 import yaml
 
 from infra import config, stackfile
+from infra.plan import FaultsError
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 ENVIRONMENT: Final = ROOT / ".tools" / "localstack"
@@ -198,7 +199,7 @@ def throw_away_secrets(directory: Path = stackfile.STACKS) -> dict[str, str]:
     secrets: dict[str, str] = {}
     try:
         config.read(STACK, values)
-    except config.FaultsError as error:
+    except FaultsError as error:
         missing = [f.key for f in error.faults if f.value == "nothing"]
         secrets = {f"rankbridge:{k}": v for k, v in stackfile.sample_secrets(missing).items()}
     config.read(STACK, values | secrets, frozenset(secrets))

@@ -69,7 +69,11 @@ class Gateway(pulumi.ComponentResource):
         self.transit_gateway: aws.ec2transitgateway.TransitGateway | None = None
         if args.config.vpn.attach is Attach.VIRTUAL_PRIVATE_GATEWAY:
             gateway = aws.ec2.VpnGateway(
-                f"{site.name}-vpn", vpc_id=args.vpc_id, amazon_side_asn=str(site.asn), tags=tags, opts=child
+                f"{site.name}-vpn",
+                vpc_id=args.vpc_id,
+                amazon_side_asn=str(site.asn),
+                tags=tags,
+                opts=ResourceOptions(parent=self, ignore_changes=args.config.emulator_forgets("availabilityZone")),
             )
             self.vpn_gateway = gateway
             for zone, table in zip(site.zones, args.route_tables, strict=True):
@@ -151,7 +155,6 @@ class Connection(pulumi.ComponentResource):
             bgp_asn_extended=asn if extended else None,
             ip_address=str(link.private.router),
             type="ipsec.1",
-            device_name=names.of(link.private.name, "router"),
             tags=names.tags(f"{link.name}-router", site=link.private.name),
             opts=child,
         )
@@ -164,14 +167,10 @@ class Connection(pulumi.ComponentResource):
             vpn_gateway_id=args.gateway.vpn_gateway.id if args.gateway.vpn_gateway else None,
             transit_gateway_id=args.gateway.transit_gateway.id if args.gateway.transit_gateway else None,
             type="ipsec.1",
-            static_routes_only=False,
             tags=names.tags(link.name, site=link.cloud.name),
             opts=ResourceOptions(
                 parent=self,
-                # The emulator forgets the options and makes up a configuration: what it answers is no change of ours.
-                ignore_changes=None
-                if args.config.vpn.verify_xml
-                else [f"tunnel{n}{option}" for n in (1, 2) for option in _OPTIONS],
+                ignore_changes=args.config.emulator_forgets(*(f"tunnel{n}{o}" for n in (1, 2) for o in _OPTIONS)),
                 additional_secret_outputs=[
                     "customerGatewayConfiguration",
                     "tunnel1PresharedKey",
@@ -198,7 +197,7 @@ class Connection(pulumi.ComponentResource):
                 alarm_actions=[args.alarm_topic],
                 ok_actions=[args.alarm_topic],
                 tags=names.tags(f"{link.name}-tunnel-{number}-down", site=link.cloud.name),
-                opts=child,
+                opts=ResourceOptions(parent=self, ignore_changes=args.config.emulator_forgets("tags", "tagsAll")),
             )
         self.endpoints = self._endpoints(args)
         self.register_outputs({"connectionId": self.connection.id})

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from infra import config, recording, stackfile
+from infra.plan import FaultsError
 
 SHA256 = "".join(f"{i:02x}" for i in range(32))
 TRUST_ANCHOR = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
@@ -31,7 +32,7 @@ def fill(stack: str, edit: Callable[[dict[str, Any]], None] | None = None) -> Fi
         # The first reading says which secrets are missing; a stack too broken to say keeps none.
         try:
             config.read(stack, values, secrets)
-        except config.FaultsError as error:
+        except FaultsError as error:
             missing = [f.key for f in error.faults if f.value == "nothing" and "--secret" in f.allowed]
             values |= {f"rankbridge:{k}": v for k, v in stackfile.sample_secrets(missing).items()}
             secrets |= {f"rankbridge:{k}" for k in missing}

@@ -130,6 +130,7 @@ BAD: list[tuple[str, Any, str, str]] = [
     ("emulator", {"endpoint": "http://127.0.0.1:4566"}, "emulator", "only foundation-local"),
     ("account", "12", "account", "12 digits"),
     ("alarms.budget_usd", 0, "alarms.budget_usd", "1 to"),
+    ("alarms", {}, "alarms.budget_usd", "1 to"),
     ("alarms.budget", 5, "alarms.budget", "budget_usd"),
     ("sitez", [], "sitez", "sites"),
     ("sites.0.colour", "red", "sites[0].colour", "removed"),

@@ -324,19 +324,65 @@ def test_a_repository_refuses_to_move_a_tag(client: Client, local: Recording):
     assert made["imageTagMutability"] == "IMMUTABLE"
 
 
-def test_the_budget_needs_its_account_named(client: Client, local: Recording):
-    inputs = local.one("aws:budgets/budget:Budget", "monthly").inputs
-    client("budgets").create_budget(
-        AccountId=inputs["accountId"],
-        Budget={
-            "BudgetName": inputs["name"],
-            "BudgetLimit": {"Amount": inputs["limitAmount"], "Unit": inputs["limitUnit"]},
-            "TimeUnit": inputs["timeUnit"],
-            "BudgetType": inputs["budgetType"],
-        },
+# What the program is told to ignore on an emulator, and only there (FoundationConfig.emulator_forgets).
+
+
+def test_an_alarms_tags_are_forgotten(client: Client):
+    watch = client("cloudwatch")
+    watch.put_metric_alarm(
+        AlarmName="x",
+        Namespace="AWS/VPN",
+        MetricName="TunnelState",
+        Statistic="Maximum",
+        Period=60,
+        EvaluationPeriods=3,
+        ComparisonOperator="LessThanThreshold",
+        Threshold=1,
+        Tags=[{"Key": "owner", "Value": "x"}],
     )
-    budgets = client("budgets").describe_budgets(AccountId=inputs["accountId"])["Budgets"]
-    assert [b["BudgetName"] for b in budgets] == [inputs["name"]]
+    arn = watch.describe_alarms(AlarmNames=["x"])["MetricAlarms"][0]["AlarmArn"]
+    assert watch.list_tags_for_resource(ResourceARN=arn)["Tags"] == []
+
+
+def test_an_endpoints_policy_loses_its_version(client: Client, vpc: str, local: Recording):
+    policy = local.one("aws:ec2/vpcEndpoint:VpcEndpoint", "aws-s3-gateway").inputs["policy"]
+    made = client("ec2").create_vpc_endpoint(
+        VpcId=vpc, ServiceName="com.amazonaws.eu-central-1.s3", VpcEndpointType="Gateway", PolicyDocument=policy
+    )["VpcEndpoint"]["VpcEndpointId"]
+    (described,) = client("ec2").describe_vpc_endpoints(VpcEndpointIds=[made])["VpcEndpoints"]
+    assert "Version" in json.loads(policy)
+    assert "Version" not in json.loads(described["PolicyDocument"])
+
+
+def test_a_templates_own_tags_appear_among_its_instances(client: Client):
+    ec2 = client("ec2")
+    kinds = [{"ResourceType": k, "Tags": [{"Key": "a", "Value": "b"}]} for k in ("instance", "launch-template")]
+    ec2.create_launch_template(
+        LaunchTemplateName="tagged", LaunchTemplateData={"TagSpecifications": kinds[:1]}, TagSpecifications=kinds[1:]
+    )
+    (version,) = ec2.describe_launch_template_versions(LaunchTemplateName="tagged")["LaunchTemplateVersions"]
+    assert len(version["LaunchTemplateData"]["TagSpecifications"]) == 2
+
+
+def test_a_vpn_gateway_is_in_a_zone_called_none_and_a_connection_has_no_options(
+    client: Client, connection: dict[str, Any]
+):
+    ec2 = client("ec2")
+    (gateway,) = ec2.describe_vpn_gateways(VpnGatewayIds=[connection["VpnGatewayId"]])["VpnGateways"]
+    assert gateway["AvailabilityZone"] == "None"
+    (described,) = ec2.describe_vpn_connections(VpnConnectionIds=[connection["VpnConnectionId"]])["VpnConnections"]
+    assert not described.get("Options")
+
+
+def test_hooks_given_with_a_group_are_forgotten(client: Client, local: Recording):
+    group = local.one(rules.GROUP, "aws-gpu").inputs["name"]
+    assert client("autoscaling").describe_lifecycle_hooks(AutoScalingGroupName=group)["LifecycleHooks"] == []
+
+
+@pytest.mark.parametrize("stack", ["foundation-dev", "foundation-prod"])
+def test_nothing_but_capacity_is_ignored_where_aws_is_real(recorded: Record, stack: str):
+    ignored = {r.type: r.ignored for r in recorded(stack).custom() if r.ignored}
+    assert ignored == {rules.GROUP: ("desiredCapacity",)}
 
 
 # The emulator itself

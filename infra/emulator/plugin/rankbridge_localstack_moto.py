@@ -22,11 +22,6 @@ def autoscaling():
 
 
 @aws_provider()
-def budgets():
-    return _moto("budgets")
-
-
-@aws_provider()
 def ecr():
     return _moto("ecr")
 
