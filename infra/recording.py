@@ -128,7 +128,9 @@ def record(
     finally:
         set_all_config({}, [])
     seconds = time.process_time() - started
-    return Recording(stack, tuple(monitor.recorded), outputs, frozenset(hidden), seconds)
+    # The SDK registers what does not wait for each other in any order.
+    resources = tuple(sorted(monitor.recorded, key=lambda r: r.urn))
+    return Recording(stack, resources, outputs, frozenset(hidden), seconds)
 
 
 def _program() -> None:
