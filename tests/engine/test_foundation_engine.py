@@ -142,6 +142,12 @@ def test_the_rules_hold_for_the_engines_own_preview(copied: Project):
     assert evaluate(RULES, resources) == []
 
 
+def test_the_policy_pack_lets_the_stack_pass(stack: auto.Stack):
+    if not (ROOT / "policy" / ".venv" / "bin" / "python").exists():
+        pytest.skip("the policy pack has no environment: make policy-venv")
+    stack.preview(policy_packs=[str(ROOT / "policy")])
+
+
 def test_drift_by_hand_is_seen(stack: auto.Stack, client: Client):
     bucket = f"rankbridge-local-000000000000-{DataClass.MODELS.value}"
     client("s3").put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Suspended"})
@@ -178,7 +184,8 @@ def test_a_preview_costs_little_more_than_loading_the_providers(stack: auto.Stac
         "import pulumi_aws as aws, pulumi_command, pulumi_kubernetes\n"
         "aws.ec2.Vpc, aws.s3.Bucket, aws.iam.Role, aws.autoscaling.Group, pulumi_command.remote.Command\n"
         "aws.Provider('p', region='eu-central-1', access_key='test', secret_key='test',\n"
-        f"  skip_credentials_validation=True, skip_metadata_api_check=True, endpoints=[aws.ProviderEndpointArgs(sts={endpoint!r})])\n"
+        "  skip_credentials_validation=True, skip_metadata_api_check=True,\n"
+        f"  endpoints=[aws.ProviderEndpointArgs(sts={endpoint!r})])\n"
     )
     environment = {**copied.environment, "PULUMI_BACKEND_URL": f"file://{tmp_path / 'state'}"}
     options = auto.LocalWorkspaceOptions(env_vars=environment)
