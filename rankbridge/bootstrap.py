@@ -229,20 +229,20 @@ def call(command: "list[str]", what: str, environment: "dict[str, str] | None" =
     """Run one command to its end. Raises Fault when it fails."""
     # On a terminal the command draws its own progress; a log gets its lines but for the list of all packages.
     piped = not sys.stderr.isatty()
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE if piped else None, env=environment
-    )
-    try:
-        for line in process.stderr or ():
-            if not line.startswith(b" + "):
-                sys.stderr.write(line.decode(errors="replace"))
-        code = process.wait()
-    except KeyboardInterrupt:
-        # A terminal sent the signal to the child, too; SIGTERM to us alone did not. Let it tidy up.
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(10)
-        raise
+    ) as process:
+        try:
+            for line in process.stderr or ():
+                if not line.startswith(b" + "):
+                    sys.stderr.write(line.decode(errors="replace"))
+            code = process.wait()
+        except KeyboardInterrupt:
+            # A terminal sent the signal to the child, too; SIGTERM to us alone did not. Let it tidy up.
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            raise
     if code:
         raise Fault(
             f"{what} failed (exit code {code}); the lines above say why",

@@ -56,7 +56,7 @@ class Triton:
         result["LD_LIBRARY_PATH"] = ":".join([*map(str, libraries), *filter(None, [base.get("LD_LIBRARY_PATH")])])
         result["PATH"] = f"{self.python / 'bin'}:{base.get('PATH', os.defpath)}"
         result["OMP_NUM_THREADS"] = "1"
-        result["PYTHONDONTWRITEBYTECODE"] = "1"
+        result["ORT_DISABLE_TELEMETRY"] = "1"
         return result
 
     def command(self, site: Site, addresses: AddressBook, *, repository: Path, scratch: Path) -> list[str]:
@@ -81,6 +81,7 @@ class Triton:
             f"--metrics-address={site.address}",
             f"--metrics-port={addresses.port(Listener.TRITON_METRICS)}",
             "--allow-gpu-metrics=false",
+            "--pinned-memory-pool-byte-size=0",
             "--log-format=ISO8601",
         ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import pytest
@@ -29,7 +29,10 @@ EVENT = {
 }
 
 
-def decode(message: type[Any], body: object) -> Any:
+Message = TypeVar("Message")
+
+
+def decode(message: type[Message], body: object) -> Message:
     return msgspec.json.decode(msgspec.json.encode(body), type=message)
 
 

@@ -66,7 +66,7 @@ def build_fake_bundle(directory: Path, items: int = 200, seed: int = 0) -> Path:
     popularity /= popularity.sum()
     first_seen = CREATED_MS - random.integers(1, 365, items) * _DAY_MS
     in_stock = random.random(items) < 0.95
-    within = np.array([popularity[i] / popularity[category == category[i]].sum() for i in range(items)])
+    within = popularity / np.bincount(category, weights=popularity)[category]
     neighbours, neighbour_scores = _neighbours(vectors)
     tables = {
         "vectors": vectors,
@@ -129,14 +129,18 @@ def _vectors(random: np.random.Generator, category: Array, categories: int) -> A
 
 def _neighbours(vectors: Array) -> tuple[Array, Array]:
     """Indices [N, NEIGHBOURS] (0 where there are fewer) and scores of each item's nearest others."""
-    similarity = vectors @ vectors.T
-    np.fill_diagonal(similarity, -np.inf)
     kept = min(NEIGHBOURS, len(vectors) - 1)
-    order = np.argsort(-similarity, axis=1, kind="stable")[:, :kept]
     indices = np.zeros((len(vectors), NEIGHBOURS), np.int32)
     scores = np.zeros((len(vectors), NEIGHBOURS), np.float32)
-    indices[:, :kept] = order + 1
-    scores[:, :kept] = np.maximum(np.take_along_axis(similarity, order, axis=1), 0)
+    for start in range(0, len(vectors), 1024):  # in blocks: all pairs of a large catalogue would not fit in memory
+        rows = np.arange(start, min(start + 1024, len(vectors)))
+        similarity = vectors[rows] @ vectors.T
+        similarity[rows - start, rows] = -np.inf
+        best = np.argpartition(-similarity, kept - 1, axis=1)[:, :kept]
+        values = np.take_along_axis(similarity, best, axis=1)
+        order = np.argsort(-values, axis=1, kind="stable")
+        indices[rows, :kept] = np.take_along_axis(best, order, axis=1) + 1
+        scores[rows, :kept] = np.maximum(np.take_along_axis(values, order, axis=1), 0)
     return indices, scores
 
 

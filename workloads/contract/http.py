@@ -36,6 +36,8 @@ SAMPLE_DEFAULT, SAMPLE_MAX = 1000, 10_000
 BODY_MAX_BYTES = 256 * 1024
 PSEUDONYM_PATTERN = r"^p[0-9]{1,3}-[0-9a-f]{32}$"
 """`p<key epoch>-<128 bits of HMAC-SHA256>`: the only form of a user that may leave home."""
+SESSION_PATTERN = r"^s[0-9]{1,3}-[0-9a-f]{32}$"
+"""The same of a session id, which often holds a user's. Epoch 0 is no key of home's: see `gateway.identity`."""
 
 K = Annotated[int, msgspec.Meta(ge=1, le=K_MAX)]
 Query = Annotated[str, msgspec.Meta(min_length=1, max_length=QUERY_MAX, pattern=r"\S")]

@@ -302,9 +302,9 @@ def raw_features(state: UserState, candidates: Candidates, tables: ItemTables) -
         candidates.scores,
         np.log1p(np.arange(len(items))),
         np.log1p(to_item),
-        tables.popularity[items],
-        tables.popularity_recent[items],
-        tables.popularity_category[items],
+        relative(tables.popularity[items], len(tables.popularity) - 1),
+        relative(tables.popularity_recent[items], len(tables.popularity) - 1),
+        np.sqrt(tables.popularity_category[items]),
         np.log1p(age_days),
         price,
         price - taste if taste == taste else 0.0,  # noqa: PLR0124 - NaN: no history, no taste
@@ -321,7 +321,7 @@ def raw_features(state: UserState, candidates: Candidates, tables: ItemTables) -
     return sparse, dense
 
 
-def price_bands(price: Floats, edges: Sequence[float]) -> Ints:
+def price_bands(price: Floats, edges: npt.ArrayLike) -> Ints:
     """Band of each price: 1 for up to `edges[0]`, ..., len(edges) + 1 above the last; 0 where it is 0 (unknown)."""
     bands = np.searchsorted(np.asarray(edges, dtype=np.float32), price, side="left") + 1
     return np.where(price > 0, bands, 0).astype(np.int32)
@@ -336,3 +336,34 @@ def _places(items: Ints, among: Ints) -> tuple[npt.NDArray[np.bool_], npt.NDArra
     place = order[at]
     found = among[place] == items
     return found, place[found]
+
+
+def item_inputs(
+    *,
+    category: Ints,
+    price: Floats,
+    popularity: Floats,
+    first_seen_ms: npt.NDArray[np.int64],
+    tokens: npt.NDArray[np.int64],
+    image: Floats,
+    reference_ms: int,
+) -> dict[str, npt.NDArray[Any]]:
+    """The item tower's inputs for all rows 0 to N, named as in `contract.tensors.ITEM_TOWER`.
+
+    `popularity` is a share; age counts from `first_seen_ms` to `reference_ms`, 0 for what came later.
+    """
+    years = np.maximum(reference_ms - first_seen_ms, 0) / (365.0 * DAY_MS)
+    numeric = np.stack((np.log1p(price), relative(popularity, len(popularity) - 1), np.minimum(years, 5.0)), axis=1)
+    numeric[PAD] = 0.0
+    return {
+        "item": np.arange(len(category), dtype=np.int64),
+        "category": category.astype(np.int64),
+        "tokens": tokens,
+        "numeric": numeric.astype(np.float32),
+        "image": image.astype(np.float32),
+    }
+
+
+def relative(share: Floats, items: int) -> Floats:
+    """A share of popularity as log(1 + times the mean of `items`): the same meaning in any size of catalogue."""
+    return np.asarray(np.log1p(share * np.float32(max(items, 1))), dtype=np.float32)

@@ -37,6 +37,10 @@ RANK_OFFSET: Final = 20.0
 
 ITEM_TO_ITEM_LIMIT: Final = 400
 """Proposals that item-to-item makes at most."""
+POPULAR_LIMIT: Final = 400
+"""Popular items proposed at most: enough to fill a list for somebody unknown."""
+ANN_LIMIT: Final = 400
+ANN_LIMIT_MAX: Final = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,18 +116,25 @@ def recommend_sources(
     neighbours: Ids,
     neighbour_scores: Scores,
     popular: Proposals,
+    exclude: Sequence[int] | npt.NDArray[np.integer[Any]] = (),
 ) -> dict[str, Proposals]:
     """The sources of `/v1/recommend`: `ann` and `popular` as given, the others made from the history.
 
-    `history` [n] is oldest first, `strengths` and `ages` (hours) go with it. `popular` comes from
-    `popular_items`, made once per bundle.
+    `history` [n] is oldest first, `strengths` and `ages` (hours) go with it. `ann` are the
+    `ann_count(len(exclude))` items nearest to the user's vector by dot product. `popular` comes from
+    `popular_items`, made once per bundle. Items of `exclude` leave their places to others.
     """
     return {
         "ann": ann,
-        "item_to_item": item_to_item_scores(history, strengths, ages, neighbours, neighbour_scores),
+        "item_to_item": item_to_item_scores(history, strengths, ages, neighbours, neighbour_scores, exclude=exclude),
         "history": history_scores(history, strengths, ages),
         "popular": popular,
     }
+
+
+def ann_count(excluded: int) -> int:
+    """How many nearest items to ask the index for, when `excluded` items will be left out of the answer."""
+    return min(ANN_LIMIT + excluded, ANN_LIMIT_MAX)
 
 
 def item_to_item_scores(
@@ -134,13 +145,16 @@ def item_to_item_scores(
     neighbour_scores: Scores,
     *,
     limit: int = ITEM_TO_ITEM_LIMIT,
+    exclude: Sequence[int] | npt.NDArray[np.integer[Any]] = (),
 ) -> Proposals:
-    """Items that go with the history [n], best first, at most `limit`: the item-kNN of rung 4.
+    """Items that go with the history [n], best first, at most `limit`, none of `exclude`: the item-kNN of rung 4.
 
     An item's score is the sum over the history of (weight of the touch x `neighbour_scores` of the
     pair). `neighbours` and `neighbour_scores` are the tables [N+1, NEIGHBOURS].
     """
     dense = item_to_item_dense(history, strengths, ages, neighbours, neighbour_scores)
+    if len(exclude):
+        dense[np.asarray(exclude)] = 0.0
     ids = np.flatnonzero(dense)
     if len(ids) > limit:
         ids = ids[np.argpartition(-dense[ids], limit)[:limit]]
@@ -190,9 +204,9 @@ def popular_items(
 def touch_weights(strengths: npt.NDArray[np.floating[Any]], ages: npt.NDArray[np.floating[Any]]) -> Scores:
     """How much each touch of a history says now: its strength, fading with its age in hours.
 
-    The half-life of 60 days is that of seasonal taste; a floor keeps what was loved long ago.
+    The half-life of 30 days is that of seasonal taste; a floor keeps what was loved long ago.
     """
-    fading = 0.25 + 0.75 * np.exp2(-np.asarray(ages, dtype=np.float32) / np.float32(24 * 60))
+    fading = 0.2 + 0.8 * np.exp2(-np.asarray(ages, dtype=np.float32) / np.float32(24 * 30))
     weights: Scores = (np.asarray(strengths, dtype=np.float32) * fading).astype(np.float32)
     return weights
 

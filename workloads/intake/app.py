@@ -20,8 +20,9 @@ from workloads.intake.writer import BusyError, Writer
 from workloads.telemetry.metrics import StageMetrics
 from workloads.telemetry.service import JSON, MSGPACK, RefusalError, Reply, Request, Service
 
-INTAKE_BODY_MAX_BYTES: Final = 2 * BODY_MAX_BYTES
-"""The gateway's limit, with room for what it adds: pseudonyms are longer than most ids."""
+INTAKE_BODY_MAX_BYTES: Final = 8 * BODY_MAX_BYTES
+"""The gateway's limit, with room for what it adds: a context whose every value is an id of one letter grows fivefold
+by its pseudonyms, and what the gateway took must not be refused here for good."""
 
 _MSGPACK_TYPES = frozenset({MSGPACK, "application/x-msgpack", "application/vnd.msgpack"})
 _encode_json = msgspec.json.Encoder().encode

@@ -53,6 +53,8 @@ _json_envelope = msgspec.json.Decoder(_Envelope)
 _json_event = msgspec.json.Decoder(Event)
 _msgpack_envelope = msgspec.msgpack.Decoder(_Envelope)
 _msgpack_event = msgspec.msgpack.Decoder(Event)
+_UNREADABLE = (UnicodeDecodeError, RecursionError)
+"""What msgspec's decoders raise beside their own errors: for text that is not UTF-8, and for nesting without end."""
 _encode_json = msgspec.json.Encoder(enc_hook=str).encode
 
 
@@ -62,7 +64,10 @@ def read(body: bytes, *, msgpack: bool) -> Batch:
     Raises msgspec.DecodeError when the body as a whole is not a list of 1 to 1,000 events.
     """
     envelope, one = (_msgpack_envelope, _msgpack_event) if msgpack else (_json_envelope, _json_event)
-    raws = envelope.decode(body).events
+    try:
+        raws = envelope.decode(body).events
+    except _UNREADABLE as error:
+        raise msgspec.DecodeError(f"The body cannot be read: {error}") from None
     if not 1 <= len(raws) <= EVENTS_PER_BATCH:
         raise msgspec.ValidationError(f"Expected `array` of length 1 to {EVENTS_PER_BATCH} - at `$.events`")
     rows: list[Row] = []
@@ -70,7 +75,7 @@ def read(body: bytes, *, msgpack: bool) -> Batch:
     for place, raw in enumerate(raws):
         try:
             event = one.decode(raw)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, *_UNREADABLE) as error:
             rule, _, path = str(error).rpartition(" - at `$")
             field = f"$.events[{place}]{path.rstrip('`')}" if rule else f"$.events[{place}]"
             dead.append(DeadLetter(rule or str(error), field, _payload(bytes(raw), msgpack=msgpack)))

@@ -29,6 +29,8 @@ DEAD_LETTERS_KEPT: Final = 100_000
 
 CHECKPOINT_BYTES: Final = 4 * 1024 * 1024
 """A write-ahead log longer than this is moved into the database when nobody waits."""
+OVERDUE_BYTES: Final = 64 * 1024 * 1024
+"""A log longer than this is moved even when somebody waits: under traffic that never pauses it would fill the disk."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS events (
@@ -88,7 +90,11 @@ class EventStore(Protocol):
         """Make one durable write and return its milliseconds. Raises StoreError."""
 
     def tidy(self) -> None:
-        """Housekeeping that may take a while; called when nobody waits."""
+        """Housekeeping that may take a while; called when nobody waits, or when it is overdue."""
+
+    def is_overdue(self) -> bool:
+        """Whether housekeeping can wait for a quiet moment no longer; asked after each group."""
+        ...
 
     def close(self) -> None:
         """Let go of the file."""
@@ -132,7 +138,7 @@ class SqliteStore:
         connection.execute("PRAGMA synchronous=FULL")
         # Checkpoints are `tidy`'s: one inside a commit would make an acknowledgement wait for it.
         connection.execute("PRAGMA wal_autocheckpoint=0")
-        connection.execute("PRAGMA journal_size_limit=67108864")
+        connection.execute(f"PRAGMA journal_size_limit={OVERDUE_BYTES}")
         version = int(connection.execute("PRAGMA user_version").fetchone()[0])
         if version > _SCHEMA_VERSION:
             raise StoreError(f"{self.path} has schema {version}, this intake knows {_SCHEMA_VERSION}")
@@ -199,6 +205,13 @@ class SqliteStore:
             if self._connection is not None and self._wal.stat().st_size > CHECKPOINT_BYTES:
                 self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
+    def is_overdue(self) -> bool:
+        """See EventStore. A log that was moved keeps at most this size, so it is overdue only when full anew."""
+        try:
+            return self._wal.stat().st_size > OVERDUE_BYTES
+        except OSError:
+            return False
+
     def close(self) -> None:
         """Checkpoint and let go of the file."""
         if self._connection is not None:
@@ -230,7 +243,8 @@ class MemoryStore:
         self.events: dict[object, tuple[object, ...]] = {}
         self.groups: list[int] = []
         self.steps: list[str] = []
-        self.fail_with: StoreError | None = None
+        self.fail_with: Exception | None = None
+        self.overdue = False
 
     def append(self, batches: Sequence[Batch], received_ms: int) -> list[Appended]:
         """See EventStore."""
@@ -256,6 +270,11 @@ class MemoryStore:
     def tidy(self) -> None:
         """Remember it."""
         self.steps.append("tidied")
+        self.overdue = False
+
+    def is_overdue(self) -> bool:
+        """`overdue`."""
+        return self.overdue
 
     def close(self) -> None:
         """Remember it."""

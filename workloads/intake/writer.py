@@ -126,6 +126,8 @@ class Writer:
         try:
             while (group := self._next_group(store)) is not None:
                 self._write(loop, store, group)
+                if store.is_overdue():
+                    store.tidy()
         finally:
             store.close()
 
@@ -159,7 +161,7 @@ class Writer:
     def _try_again(self, store: EventStore) -> None:
         try:
             store.probe()
-        except StoreError:
+        except Exception:  # as in `_write`: nobody else would ever answer those who wait
             return
         self._fault = None
         _logger.info("store is back")

@@ -44,6 +44,8 @@ KEEP_ALIVE_S: Final = 75
 Scope = Mapping[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+"""ASGI 3."""
 
 _REQUEST_ID = REQUEST_ID_HEADER.lower().encode()
 _REQUEST_ID_FORM = re.compile(rb"[A-Za-z0-9._-]{1,128}")
@@ -109,8 +111,11 @@ class RefusalError(Exception):
         return cls(problem, headers)
 
     @classmethod
-    def of_decoding(cls, error: msgspec.DecodeError) -> RefusalError:
-        """400 for a body that does not parse, 422 for one that parses and breaks a rule, with the field's path."""
+    def of_decoding(cls, error: Exception) -> RefusalError:
+        """400 for a body that does not parse, 422 for one that parses and breaks a rule, with the field's path.
+
+        `error` is what a decoder of msgspec raised: its own, UnicodeDecodeError or RecursionError.
+        """
         if not isinstance(error, msgspec.ValidationError):
             return cls.of(400, "malformed-body", "The body does not parse", str(error))
         field, rule = field_and_rule(error)
@@ -327,10 +332,11 @@ def listen(address: str) -> socket.socket:
     return bound
 
 
-def run(role: str, site: str, address: str, build: Callable[[], Service]) -> int:
+def run(role: str, site: str, address: str, build: Callable[[], Application]) -> int:
     """Be this server until SIGTERM or SIGINT; the exit code: 0 stopped when asked, 2 could not start.
 
-    `build` loads what is served; it and the service's `start` may raise CannotStartError.
+    `build` loads what is served, a Service or any ASGI application; it and the service's `start` may raise
+    CannotStartError.
     """
     log.configure(role, site)
     with _stop_while_starting():

@@ -1,5 +1,8 @@
 """The fake bundle is a bundle: real models that keep the contract and agree with its tables."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -79,3 +82,12 @@ def test_the_same_seed_gives_the_same_bundle_and_another_seed_another(tmp_path: 
     first = build_fake_bundle(tmp_path, items=20, seed=1)
     assert build_fake_bundle(tmp_path, items=20, seed=1) == first
     assert build_fake_bundle(tmp_path, items=20, seed=2) != first
+
+
+def test_onnx_runtime_opened_by_our_code_leaves_no_trace_of_reporting(bundle: Bundle, tmp_path: Path) -> None:
+    """Its telemetry begins with a session file and a device id in these directories."""
+    code = "import sys, workloads, onnxruntime; onnxruntime.InferenceSession(sys.argv[1])"
+    places = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"} | places
+    subprocess.run([sys.executable, "-c", code, str(bundle.model_path(RANKER))], env=environment, check=True)
+    assert list(tmp_path.iterdir()) == []

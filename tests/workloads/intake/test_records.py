@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from workloads.intake import records
@@ -82,6 +82,16 @@ def test_a_raw_id_of_a_person_is_refused_and_not_written_down(user: object):
     assert json.loads(letter.payload)["item"] == "mug"
 
 
+@pytest.mark.parametrize("encoding", ["json", "msgpack"])
+def test_text_that_is_not_utf8_costs_its_own_event_alone(encoding: str):
+    body = ENCODERS[encoding]({"events": [event(0), event(1, query="?!?!"), event(2)]}).replace(b"?!?!", b"\x80" * 4)
+    batch = records.read(body, msgpack=encoding == "msgpack")
+    assert len(batch.rows) == 2
+    (letter,) = batch.dead
+    assert (letter.field, letter.payload.count(b"do not parse")) == ("$.events[1]", 1)
+    assert "utf-8" in letter.reason
+
+
 def test_an_event_without_a_user_is_an_anonymous_one():
     assert len(records.read(msgspec.json.encode({"events": [event(user=None)]}), msgpack=False).rows) == 1
 
@@ -112,6 +122,9 @@ def test_not_a_number_is_no_price():
 
 
 @given(st.binary(max_size=200), st.sampled_from(list(ENCODERS)))
+@example(b"\x81\xa6\x00\x00\x00\x00\x00\x80", "msgpack")  # a field's name that is not UTF-8
+@example(b'{"\x80": 1}', "json")
+@example(b"\x81\xa6events" + b"\x91" * 5000, "msgpack")
 def test_no_body_makes_the_reader_fail_in_another_way(body: bytes, encoding: str):
     try:
         records.read(body, msgpack=encoding == "msgpack")

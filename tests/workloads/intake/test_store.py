@@ -132,6 +132,23 @@ def test_the_log_is_folded_into_the_database_once_it_has_grown(path: pathlib.Pat
     assert not path.with_name(path.name + "-wal").exists()
 
 
+def test_a_log_is_overdue_once_it_is_full_and_not_after_it_was_moved(
+    path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(store_module, "OVERDUE_BYTES", 200_000)
+    monkeypatch.setattr(store_module, "CHECKPOINT_BYTES", 10_000)
+    store = SqliteStore(path)
+    assert not store.is_overdue()
+    for start in range(0, 4000, 500):
+        store.append([batch(*range(start, start + 500))], NOW)
+    assert store.is_overdue()
+    store.tidy()
+    store.append([batch(4000)], NOW)  # the first writing after it begins the log anew, and cuts it
+    assert not store.is_overdue()
+    assert len(ids(path)) == 4001
+    store.close()
+
+
 def test_a_file_that_is_no_database_is_refused_by_name(tmp_path: pathlib.Path):
     path = tmp_path / "notes.txt"
     path.write_text("not a database, long enough to be looked at " * 40)

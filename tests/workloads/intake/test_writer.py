@@ -140,6 +140,37 @@ async def test_housekeeping_happens_when_nobody_waits(store: GatedStore, writer:
     assert store.steps[-1] == "tidied"
 
 
+async def test_housekeeping_that_is_overdue_does_not_wait_for_a_pause(store: GatedStore, writer: Writer):
+    first = asyncio.create_task(writer.append(batch(0)))
+    await reached(store.entered)
+    rest = [asyncio.create_task(writer.append(batch(*range(start, start + 4)))) for start in (1, 5)]
+    await asyncio.sleep(0)
+    store.overdue = True
+    store.gate.set()
+    await asyncio.gather(first, *rest)
+    assert store.steps[:3] == ["on disk", "tidied", "on disk"]
+
+
+async def test_a_strange_fault_while_nobody_writes_does_not_end_the_writer(
+    store: GatedStore, writer: Writer, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("workloads.intake.writer.RETRY_S", 0.01)
+    probed = threading.Event()
+
+    def probe() -> float:
+        probed.set()
+        raise OSError("too many open files")
+
+    monkeypatch.setattr(store, "probe", probe)
+    store.gate.set()
+    store.fail_with = StoreError("gone")
+    with pytest.raises(StoreError):
+        await writer.append(batch(1))
+    await reached(probed)
+    store.fail_with = None
+    assert await asyncio.wait_for(writer.append(batch(1)), 20) == Appended(1, 0, 0)
+
+
 async def test_a_stop_writes_what_waits_and_closes_the_store(store: GatedStore):
     writer = Writer(lambda: store)
     await writer.start()

@@ -1,0 +1,525 @@
+"""What the gateway costs beyond its parts: the same requests to it and to the bare parts, by turns.
+
+The parts are what no gateway can do without: the user tower (ONNX Runtime, in process), the vector
+search (faiss, in process) and the ranker (Triton over HTTP, a tensor of the same size). Each recorded
+request goes to the gateway and to the parts one right after the other, so that both meet the same
+machine; the sum of the parts is taken per request and only then summarised. It starts nothing:
+`rankbridge up` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import http.client
+import os
+import random
+import statistics
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.table import Table
+
+from loadtests.draws import Shopper, check
+from loadtests.measures import quantile
+from loadtests.samples import write_whole
+from rankbridge.faults import DeskError
+from rankbridge.layout import Layout
+from rankbridge.verdict import Machine, machine
+from workloads.bundle import store
+from workloads.bundle.store import Bundle
+from workloads.bundle.verification import BundleFault
+from workloads.contract.http import PATH_SAMPLE, CatalogueSample, ItemsAnswer, RecommendRequest, Served
+from workloads.contract.sites import HOME, AddressBook, Listener
+from workloads.contract.slo import BELOW_BEST_RUNG_SHARE, CANDIDATES_RANKED, Endpoint, Stage
+from workloads.contract.tensors import CONTEXT, HISTORY_LENGTH, RANKER, RANKER_DENSE, RANKER_SPARSE, USER_TOWER
+
+SCHEMA_VERSION: Final = 1
+GOAL_RATIO: Final = 1.3
+GOAL_OWN_P50_MS: Final = 1.5
+"""Where the gateway is to get; a bench measures and fails nothing."""
+REQUESTS: Final = 200
+ROUNDS: Final = 7
+TIMEOUT_S: Final = 10.0
+_NOT_OURS: Final = "is this a rankbridge gateway of this version?"
+WAITED_FOR: Final = (Stage.CANDIDATES.value, Stage.RANK.value)
+"""Stages that call a backend; what is left of a request is the gateway's own time."""
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """Milliseconds over all requests of all rounds, by nearest rank."""
+
+    p50_ms: float
+    p99_ms: float
+
+
+class Spread(msgspec.Struct, frozen=True, kw_only=True):
+    """A ratio over the rounds."""
+
+    median: float
+    low: float
+    high: float
+
+
+class BenchResult(msgspec.Struct, frozen=True, kw_only=True):
+    """`bench.json`."""
+
+    schema_version: int = SCHEMA_VERSION
+    bundle: str
+    requests: int
+    rounds: int
+    candidates: int
+    """Rows of the bare ranker's tensor."""
+    gateway: Part
+    bare: Part
+    """Quantiles of the per-request sums of the three parts."""
+    tower: Part
+    ann: Part
+    triton: Part
+    ratio_p50: Spread
+    """Gateway's p50 over that of the bare sums, round by round; the same for p99."""
+    ratio_p99: Spread
+    own: Part
+    """The gateway's own time: the whole request less the stages that call a backend."""
+    stages: dict[str, Part]
+    below_best: int
+    """Answers without the ranker; they make the gateway look faster than it is."""
+    goal_ratio: float = GOAL_RATIO
+    goal_own_p50_ms: float = GOAL_OWN_P50_MS
+    machine: Machine
+
+
+class Gateway(Protocol):
+    """The one door to the gateway."""
+
+    def recommend(self, body: bytes) -> ItemsAnswer:
+        """One answer. Raises DeskError when there is none."""
+
+
+class Parts(Protocol):
+    """The bare parts; each call is one unit of the work that a request needs."""
+
+    def tower(self, history: Ints) -> Floats:
+        """The user's vector [1, VECTOR_DIM] from item indices [HISTORY_LENGTH]."""
+
+    def search(self, vector: Floats) -> None:
+        """The nearest items."""
+
+    def rank(self, sparse: Ints, dense: Floats) -> None:
+        """One call of the ranker for all candidates. Raises DeskError when it does not answer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """One recorded request, and inputs of the same size for the bare parts."""
+
+    body: bytes
+    history: Ints
+    sparse: Ints
+    dense: Floats
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """One request, milliseconds."""
+
+    gateway: float
+    tower: float
+    ann: float
+    triton: float
+    served: Served
+
+    @property
+    def bare(self) -> float:
+        """The sum of the parts."""
+        return self.tower + self.ann + self.triton
+
+    @property
+    def own(self) -> float:
+        """What the gateway took for itself, the way there and back included."""
+        return self.gateway - sum(self.served.stages_ms.get(stage, 0.0) for stage in WAITED_FOR)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to bench; the defaults are the home site as the contract lays it out."""
+
+    gateway: str = AddressBook().url(HOME, Listener.GATEWAY)
+    triton: str = AddressBook().host_port(HOME, Listener.TRITON_HTTP)
+    bundles: Path | None = None
+    """Folder that holds the bundle which the gateway serves; None is the home site's."""
+    requests: int = REQUESTS
+    rounds: int = ROUNDS
+    seed: int = 1
+    replay: Path | None = None
+    """Recorded requests, one JSON object a line; None draws and records new ones."""
+    out: Path = Path("out")
+
+
+def run(options: Options, console: Console) -> BenchResult:
+    """Measure, print, and write `bench.json` and `bench-requests.jsonl` into `options.out`.
+
+    Raises DeskError when the site does not answer, answers without its ranker, or serves a bundle
+    that is not here.
+    """
+    if options.requests < 1 or options.rounds < 1:
+        raise DeskError("there is nothing to do", "ask for at least one request and one round")
+    with contextlib.closing(HttpGateway(options.gateway)) as gateway:
+        recorded = _recorded(options, gateway)
+        bundle = _bundle(options, gateway.recommend(recorded[0]).served.bundle)
+        write_whole(options.out / "bench-requests.jsonl", b"".join(body + b"\n" for body in recorded))
+        asks = list(prepare(recorded, bundle, seed=options.seed))
+        with contextlib.closing(BareParts(bundle, options.triton)) as parts:
+            rounds = _rounds(asks, gateway, parts, count=options.rounds, console=console)
+        best_rung = gateway.sample().best_rung.get(Endpoint.RECOMMEND.value)
+    result = summarise(rounds, best_rung=best_rung)
+    write_whole(options.out / "bench.json", msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
+    show(result, console)
+    return result
+
+
+def _rounds(asks: Sequence[Ask], gateway: Gateway, parts: Parts, *, count: int, console: Console) -> list[list[Timing]]:
+    with console.status("warming up") as status:
+        measure(asks, gateway, parts)
+        rounds = []
+        for number in range(count):
+            status.update(f"round {number + 1} of {count}")
+            rounds.append(measure(asks, gateway, parts, parity=number))
+    return rounds
+
+
+def prepare(recorded: Sequence[bytes], bundle: Bundle, *, seed: int) -> Iterable[Ask]:
+    """Inputs for the bare parts: items that exist, in tensors of the size that the gateway sends."""
+    rng = np.random.default_rng(seed)
+    items = bundle.features.items
+    category, band = (np.asarray(bundle.tables[name], dtype=np.int64) for name in ("category", "price_band"))
+    for body in recorded:
+        asked = msgspec.json.decode(body, type=RecommendRequest)
+        known = [bundle.index[i] for i in asked.history if i in bundle.index][-HISTORY_LENGTH:]
+        touched = np.array(known or rng.integers(1, items + 1, HISTORY_LENGTH // 2), dtype=np.int64)
+        history = np.zeros(HISTORY_LENGTH, dtype=np.int64)
+        history[-len(touched) :] = touched
+        candidates = rng.integers(1, items + 1, CANDIDATES_RANKED)
+        columns = {
+            "item": candidates,
+            "category": category[candidates],
+            "price_band": band[candidates],
+            "last_item": np.full(CANDIDATES_RANKED, touched[-1]),
+            "last_category": np.full(CANDIDATES_RANKED, category[touched[-1]]),
+            "source": np.zeros(CANDIDATES_RANKED),
+        }
+        sparse = np.stack([columns[name] for name in RANKER_SPARSE], axis=1).astype(np.int64)
+        dense = rng.standard_normal((CANDIDATES_RANKED, len(RANKER_DENSE)), dtype=np.float32)
+        yield Ask(body, history, sparse, dense)
+
+
+def measure(
+    asks: Sequence[Ask],
+    gateway: Gateway,
+    parts: Parts,
+    *,
+    parity: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[Timing]:
+    """One round: every request to both, by turns; who goes first changes with each request and round.
+
+    `clock` gives seconds.
+    """
+    timings = []
+    for number, ask in enumerate(asks):
+        if (number + parity) % 2:
+            whole, served = _whole(ask, gateway, clock)
+            pieces = _pieces(ask, parts, clock)
+        else:
+            pieces = _pieces(ask, parts, clock)
+            whole, served = _whole(ask, gateway, clock)
+        timings.append(Timing(whole, *pieces, served))
+    return timings
+
+
+def _whole(ask: Ask, gateway: Gateway, clock: Callable[[], float]) -> tuple[float, Served]:
+    began = clock()
+    answer = gateway.recommend(ask.body)
+    return (clock() - began) * 1000, answer.served
+
+
+def _pieces(ask: Ask, parts: Parts, clock: Callable[[], float]) -> tuple[float, float, float]:
+    t0 = clock()
+    vector = parts.tower(ask.history)
+    t1 = clock()
+    parts.search(vector)
+    t2 = clock()
+    parts.rank(ask.sparse, ask.dense)
+    t3 = clock()
+    return (t1 - t0) * 1000, (t2 - t1) * 1000, (t3 - t2) * 1000
+
+
+def summarise(rounds: Sequence[Sequence[Timing]], *, best_rung: int | None) -> BenchResult:
+    """Quantiles over everything, ratios round by round.
+
+    Raises DeskError when more answers than the promise allows came without the ranker: the comparison
+    would flatter the gateway.
+    """
+    every = [timing for timings in rounds for timing in timings]
+    below = [t for t in every if best_rung is not None and t.served.rung > best_rung]
+    if len(below) > BELOW_BEST_RUNG_SHARE * len(every):
+        reasons = ", ".join(f"{r} ({n})" for r, n in Counter(t.served.reason for t in below).most_common())
+        raise DeskError(
+            f"{len(below)} of {len(every)} answers came from below rung {best_rung}: {reasons}",
+            "`rankbridge status` says what is wrong with the ranker; a comparison without it would mean nothing",
+        )
+    stages: dict[str, list[float]] = defaultdict(list)
+    for timing in every:
+        for stage, spent in timing.served.stages_ms.items():
+            stages[stage].append(spent)
+    return BenchResult(
+        bundle=every[0].served.bundle,
+        requests=len(rounds[0]),
+        rounds=len(rounds),
+        candidates=CANDIDATES_RANKED,
+        gateway=_part(t.gateway for t in every),
+        bare=_part(t.bare for t in every),
+        tower=_part(t.tower for t in every),
+        ann=_part(t.ann for t in every),
+        triton=_part(t.triton for t in every),
+        ratio_p50=_spread(rounds, 0.5),
+        ratio_p99=_spread(rounds, 0.99),
+        own=_part(t.own for t in every),
+        stages={stage: _part(spent) for stage, spent in stages.items()},
+        below_best=len(below),
+        machine=machine(),
+    )
+
+
+def show(result: BenchResult, console: Console) -> None:
+    """The figures as a table."""
+    console.print(
+        f"{result.requests} requests in each of {result.rounds} rounds, {result.candidates} candidates each; "
+        f"bundle {result.bundle}, {result.machine.cores} cores",
+        highlight=False,
+    )
+    table = Table()
+    table.add_column("milliseconds")
+    table.add_column("p50", justify="right")
+    table.add_column("p99", justify="right")
+    rows = {
+        "user tower, bare": result.tower,
+        "vector search, bare": result.ann,
+        "Triton over HTTP, bare": result.triton,
+        "sum of the parts": result.bare,
+        "gateway": result.gateway,
+        **{f"  stage {name}": part for name, part in result.stages.items()},
+        "  its own time": result.own,
+    }
+    for name, part in rows.items():
+        style = "bold" if part in (result.bare, result.gateway, result.own) else ""
+        table.add_row(name, f"{part.p50_ms:.2f}", f"{part.p99_ms:.2f}", style=style, end_section=part is result.bare)
+    console.print(table)
+    for name, ratio in (("p50", result.ratio_p50), ("p99", result.ratio_p99)):
+        console.print(
+            f"gateway / parts at {name}: {ratio.median:.2f} (rounds {ratio.low:.2f} to {ratio.high:.2f}, "
+            f"goal {result.goal_ratio:g})",
+            highlight=False,
+        )
+    console.print(f"own time at p50: {result.own.p50_ms:.2f} ms (goal {result.goal_own_p50_ms:g} ms)", highlight=False)
+
+
+class Connection:
+    """One kept-alive HTTP connection; what both sides of the comparison send over."""
+
+    def __init__(self, host_port: str) -> None:
+        self._name = host_port
+        self._connection = http.client.HTTPConnection(host_port, timeout=TIMEOUT_S)
+
+    def close(self) -> None:
+        """Give the socket back."""
+        self._connection.close()
+
+    def call(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> tuple[bytes, str | None]:
+        """Body, and the length of Triton's JSON part. Raises DeskError for anything but 200."""
+        try:
+            self._connection.request(method, path, body=body, headers=headers)
+            answer = self._connection.getresponse()
+            content = answer.read()
+        except (OSError, http.client.HTTPException) as fault:
+            raise DeskError(
+                f"nothing answers at {self._name}{path} ({str(fault) or type(fault).__name__})",
+                "`rankbridge up` starts both sites; `rankbridge status` shows them",
+            ) from fault
+        if answer.status != http.client.OK:
+            said = content[:300].decode(errors="replace")
+            raise DeskError(f"{self._name}{path} answered {answer.status}: {said}", "`rankbridge status` may say why")
+        return content, answer.getheader("Inference-Header-Content-Length")
+
+
+class HttpGateway:
+    """A running gateway. Close it."""
+
+    def __init__(self, url: str) -> None:
+        self._at = Connection(url.removeprefix("http://").rstrip("/"))
+        self._decoder = msgspec.json.Decoder(ItemsAnswer)
+
+    def close(self) -> None:
+        """Give its socket back."""
+        self._at.close()
+
+    def recommend(self, body: bytes) -> ItemsAnswer:
+        """See `Gateway`."""
+        content, _ = self._at.call("POST", Endpoint.RECOMMEND.value, body, {"Content-Type": "application/json"})
+        try:
+            return self._decoder.decode(content)
+        except msgspec.DecodeError as fault:
+            raise DeskError(
+                f"an answer is not what the contract says: {fault}", "is this a rankbridge gateway?"
+            ) from None
+
+    def sample(self) -> CatalogueSample:
+        """What requests are drawn from."""
+        content, _ = self._at.call("GET", PATH_SAMPLE, None, {})
+        try:
+            return msgspec.json.decode(content, type=CatalogueSample)
+        except msgspec.DecodeError as fault:
+            raise DeskError(f"the catalogue sample cannot be read: {fault}", _NOT_OURS) from None
+
+
+class BareParts:
+    """Tower and index of a bundle in this process, and the site's Triton. Close it."""
+
+    def __init__(self, bundle: Bundle, triton: str) -> None:
+        # both are heavy, and only a bench has use for them at the desk
+        import faiss  # noqa: PLC0415
+        import onnxruntime  # noqa: PLC0415
+        import tritonclient.http as triton_http  # noqa: PLC0415
+
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = 1
+        self._tower: Any = onnxruntime.InferenceSession(
+            str(bundle.model_path(USER_TOWER)), settings, providers=["CPUExecutionProvider"]
+        )
+        faiss.omp_set_num_threads(1)
+        self._index: Any = faiss.read_index(str(bundle.ann_path))
+        self._triton: Any = triton_http
+        self._at = Connection(triton)
+        self._path = f"/v2/models/{RANKER.triton_name(bundle.id)}/infer"
+        self._strength = np.ones((1, HISTORY_LENGTH), dtype=np.float32)
+        self._context = np.zeros((1, len(CONTEXT)), dtype=np.float32)
+        self._count = min(CANDIDATES_RANKED, bundle.features.items)
+
+    def close(self) -> None:
+        """Give its socket back."""
+        self._at.close()
+
+    def tower(self, history: Ints) -> Floats:
+        """See `Parts`."""
+        vector: Floats = self._tower.run(
+            None,
+            {
+                "history": history[None],
+                "history_strength": self._strength,
+                "history_age_hours": self._strength,
+                "context": self._context,
+            },
+        )[0]
+        return vector
+
+    def search(self, vector: Floats) -> None:
+        """See `Parts`."""
+        self._index.search(vector, self._count)
+
+    def rank(self, sparse: Ints, dense: Floats) -> None:
+        """See `Parts`."""
+        inputs = []
+        for name, values, kind in (("sparse", sparse, "INT64"), ("dense", dense, "FP32")):
+            tensor = self._triton.InferInput(name, values.shape, kind)
+            tensor.set_data_from_numpy(values)
+            inputs.append(tensor)
+        output = RANKER.outputs[0].name
+        client = self._triton.InferenceServerClient
+        body, json_size = client.generate_request_body(inputs, outputs=[self._triton.InferRequestedOutput(output)])
+        headers = {"Content-Type": "application/octet-stream"}
+        if json_size is not None:
+            headers["Inference-Header-Content-Length"] = str(json_size)
+        content, length = self._at.call("POST", self._path, body, headers)
+        scores = client.parse_response_body(content, header_length=int(length) if length else None).as_numpy(output)
+        if scores is None or len(scores) != len(sparse):
+            raise DeskError("Triton answered no score for each candidate", "`rankbridge status` may say why")
+
+
+def _recorded(options: Options, gateway: HttpGateway) -> list[bytes]:
+    if options.replay is not None:
+        try:
+            lines = [line for line in options.replay.read_bytes().splitlines() if line.strip()]
+            for line in lines:
+                msgspec.json.decode(line, type=RecommendRequest)
+        except (OSError, msgspec.DecodeError) as fault:
+            raise DeskError(f"{options.replay}: {fault}", "give a file of recorded requests, one a line") from None
+        if not lines:
+            raise DeskError(f"{options.replay} holds no requests", "give a file of recorded requests, one a line")
+        return lines
+    sample = gateway.sample()
+    wrong = check(sample, [Endpoint.RECOMMEND.value])
+    if wrong is not None:
+        raise DeskError(f"requests cannot be drawn from the catalogue sample: {wrong}", "is the bundle complete?")
+    shopper = Shopper(sample, random.Random(options.seed))  # noqa: S311 - reproducible on purpose
+    return [msgspec.json.encode(shopper.recommend()) for _ in range(options.requests)]
+
+
+def _bundle(options: Options, short: str) -> Bundle:
+    bundles = options.bundles or Layout.of(os.environ).site(HOME.name) / "bundles"
+    try:
+        return store.open_bundle(store.find(bundles, short))
+    except (LookupError, BundleFault) as fault:
+        raise DeskError(
+            f"the gateway serves bundle {short}, and it cannot be opened here: {fault}",
+            "bench on the machine that serves, with the same RANKBRIDGE_HOME",
+        ) from None
+
+
+def _part(values: Iterable[float]) -> Part:
+    ordered = sorted(values)
+    return Part(p50_ms=quantile(ordered, 0.5), p99_ms=quantile(ordered, 0.99))
+
+
+def _spread(rounds: Sequence[Sequence[Timing]], share: float) -> Spread:
+    ratios = [
+        quantile(sorted(t.gateway for t in timings), share) / quantile(sorted(t.bare for t in timings), share)
+        for timings in rounds
+    ]
+    return Spread(median=statistics.median(ratios), low=min(ratios), high=max(ratios))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m rankbridge.bench`: 0, or 2 when it could not be done."""
+    default = Options()
+    parser = argparse.ArgumentParser(prog="python -m rankbridge.bench", description=__doc__)
+    parser.add_argument("--gateway", default=default.gateway, help="URL of the home gateway (%(default)s)")
+    parser.add_argument("--triton", default=default.triton, help="host:port of its Triton (%(default)s)")
+    parser.add_argument("--bundles", type=Path, help="folder with the bundle that is served")
+    parser.add_argument("--requests", type=int, default=REQUESTS, help="requests a round (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the requests that are drawn")
+    parser.add_argument("--replay", type=Path, help="requests recorded by an earlier bench")
+    parser.add_argument("--out", type=Path, default=default.out, help="folder for the results (%(default)s)")
+    console = Console()
+    try:
+        run(Options(**vars(parser.parse_args(arguments))), console)
+    except DeskError as fault:
+        console.print(f"{fault.fault}\n{fault.remedy}", style="red", highlight=False, markup=False, soft_wrap=True)
+        return int(fault.code)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,300 @@
+"""The bench compares like with like: the same requests, by turns, summed one by one."""
+
+import contextlib
+import dataclasses
+import http.server
+import io
+import json
+import socket
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import msgspec
+import numpy as np
+import pytest
+from rich.console import Console
+
+from loadtests.stub import Behaviour, StubGateway
+from rankbridge.bench import (
+    Ask,
+    BareParts,
+    BenchResult,
+    Connection,
+    HttpGateway,
+    Options,
+    Timing,
+    main,
+    measure,
+    prepare,
+    run,
+    show,
+    summarise,
+)
+from rankbridge.faults import DeskError
+from workloads.bundle.fake import build_fake_bundle
+from workloads.bundle.store import open_bundle
+from workloads.contract.http import ItemsAnswer, RecommendRequest, Served
+from workloads.contract.tensors import HISTORY_LENGTH, RANKER_DENSE, RANKER_SPARSE, VECTOR_DIM
+
+STAGES = {"features": 0.5, "candidates": 3.0, "rank": 4.0, "rules": 0.25}
+
+
+class Clock:
+    """Seconds that pass only when a fake says so, and the order of what happened."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.events: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def spend(self, name: str, ms: float) -> None:
+        self.events.append(name)
+        self.now += ms / 1000
+
+
+class FakeGateway:
+    """Takes `ms` for every answer."""
+
+    def __init__(self, clock: Clock, ms: float, rung: int = 1) -> None:
+        self._clock, self._ms, self._rung = clock, ms, rung
+
+    def recommend(self, body: bytes) -> ItemsAnswer:
+        self._clock.spend("gateway " + body.decode(), self._ms)
+        return ItemsAnswer(request_id="r", items=[], served=served(self._rung))
+
+
+class FakeParts:
+    """Takes what it is told for each part."""
+
+    def __init__(self, clock: Clock, tower: float, ann: float, triton: float) -> None:
+        self._clock, self._tower, self._ann, self._triton = clock, tower, ann, triton
+
+    def tower(self, history: np.ndarray) -> np.ndarray:
+        self._clock.spend("tower", self._tower)
+        return history.astype(np.float32)
+
+    def search(self, vector: np.ndarray) -> None:
+        self._clock.spend("ann", self._ann)
+
+    def rank(self, sparse: np.ndarray, dense: np.ndarray) -> None:
+        self._clock.spend("triton", self._triton)
+
+
+def served(rung: int = 1) -> Served:
+    reason = "ranker_late" if rung > 1 else None
+    return Served(rung=rung, site="onprem", bundle="0" * 12, stages_ms=STAGES, reason=reason)
+
+
+def asks(count: int) -> list[Ask]:
+    empty = np.zeros(1)
+    return [Ask(str(i).encode(), empty.astype(np.int64), empty.astype(np.int64), empty) for i in range(count)]
+
+
+def timings(gateway: Iterable[float], bare: float = 4.0, rung: int = 1) -> list[Timing]:
+    return [Timing(ms, tower=1.0, ann=0.5, triton=bare - 1.5, served=served(rung)) for ms in gateway]
+
+
+def test_every_part_is_timed_by_itself_and_summed_per_request():
+    clock = Clock()
+    found = measure(asks(3), FakeGateway(clock, 9.0), FakeParts(clock, 0.2, 0.3, 5.0), clock=clock)
+    assert [round(t.bare, 6) for t in found] == [5.5] * 3
+    assert [round(t.gateway, 6) for t in found] == [9.0] * 3
+    assert [round(t.own, 6) for t in found] == [2.0] * 3, "the whole less candidates and rank"
+
+
+def test_gateway_and_parts_take_turns_and_nobody_is_always_first():
+    clock = Clock()
+    measure(asks(2), FakeGateway(clock, 1.0), FakeParts(clock, 1.0, 1.0, 1.0), parity=0, clock=clock)
+    assert clock.events == ["tower", "ann", "triton", "gateway 0", "gateway 1", "tower", "ann", "triton"]
+    clock.events.clear()
+    measure(asks(1), FakeGateway(clock, 1.0), FakeParts(clock, 1.0, 1.0, 1.0), parity=1, clock=clock)
+    assert clock.events[0] == "gateway 0", "the next round begins the other way round"
+
+
+def test_ratios_are_taken_round_by_round_with_their_spread():
+    result = summarise([timings([6.0] * 100), timings([8.0] * 100), timings([5.0] * 100)], best_rung=1)
+    assert (result.ratio_p50.low, result.ratio_p50.median, result.ratio_p50.high) == (1.25, 1.5, 2.0)
+    assert result.bare.p50_ms == 4.0
+    assert result.gateway.p99_ms == 8.0
+    assert result.stages["rank"].p50_ms == 4.0
+    assert (result.requests, result.rounds) == (100, 3)
+
+
+def test_a_quantile_of_sums_is_not_a_sum_of_quantiles():
+    # whoever is slow in the tower is quick in Triton: both have a p99 of 9, and no request ever took 18
+    turns = [(9.0, 1.0), (1.0, 9.0)] * 100
+    result = summarise([[Timing(12.0, tower=a, ann=0.0, triton=b, served=served()) for a, b in turns]], best_rung=1)
+    assert result.tower.p99_ms == result.triton.p99_ms == 9.0
+    assert result.bare.p99_ms == 10.0
+
+
+def test_answers_without_the_ranker_are_not_compared():
+    with pytest.raises(DeskError, match=r"2 of 100 answers came from below rung 1: ranker_late \(2\)"):
+        summarise([timings([1.0] * 98), timings([1.0] * 2, rung=3)], best_rung=1)
+    assert summarise([timings([1.0] * 199), timings([1.0], rung=3)], best_rung=1).below_best == 1
+
+
+def test_the_bare_parts_get_inputs_of_the_size_that_the_gateway_sends(tmp_path: Path):
+    bundle = open_bundle(build_fake_bundle(tmp_path, items=60))
+    known = bundle.item_ids[7]
+    recorded = [
+        msgspec.json.encode(RecommendRequest(history=[known, "nobody knows this"])),
+        msgspec.json.encode(RecommendRequest(user="u")),
+    ]
+    one, other = prepare(recorded, bundle, seed=1)
+    assert one.history.shape == (HISTORY_LENGTH,)
+    assert one.history[-1] == 7
+    assert one.history[:-1].sum() == 0
+    assert np.count_nonzero(other.history) == HISTORY_LENGTH // 2
+    assert one.sparse.shape == (200, len(RANKER_SPARSE))
+    assert one.sparse.dtype == np.int64
+    assert one.dense.shape == (200, len(RANKER_DENSE))
+    assert one.dense.dtype == np.float32
+    assert one.sparse[:, 0].min() >= 1
+    assert one.sparse[:, 0].max() <= 60
+
+
+def test_a_real_connection_reads_what_the_gateway_answers():
+    with StubGateway() as stub, contextlib.closing(HttpGateway(stub.url)) as gateway:
+        answer = gateway.recommend(msgspec.json.encode(RecommendRequest(k=3)))
+        assert len(answer.items) == 3
+        assert gateway.sample().best_rung["/v1/recommend"] == 1
+        with (
+            contextlib.closing(Connection(stub.url.removeprefix("http://"))) as connection,
+            pytest.raises(DeskError, match="404"),
+        ):
+            connection.call("GET", "/nowhere", None, {})
+
+
+def test_a_gateway_that_is_not_one_is_named_as_such():
+    with (
+        StubGateway(Behaviour(garbage=True)) as stub,
+        contextlib.closing(HttpGateway(stub.url)) as gateway,
+        pytest.raises(DeskError, match="not what the contract says"),
+    ):
+        gateway.recommend(msgspec.json.encode(RecommendRequest()))
+
+
+class TritonStub(http.server.BaseHTTPRequestHandler):
+    """Answers an inference by the KServe protocol's binary extension, one score a row; remembers what it read."""
+
+    protocol_version = "HTTP/1.1"
+    asked: ClassVar[list[tuple[str, dict[str, tuple[str, list[int], int]]]]] = []
+    scores_per_row = 1
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        size = int(self.headers["Inference-Header-Content-Length"])
+        head = json.loads(body[:size])
+        inputs = {i["name"]: (i["datatype"], i["shape"], i["parameters"]["binary_data_size"]) for i in head["inputs"]}
+        assert sum(length for _, _, length in inputs.values()) == len(body) - size
+        self.asked.append((self.path, inputs))
+        rows = inputs["sparse"][1][0] * self.scores_per_row
+        shape = {"name": "probability", "datatype": "FP32", "shape": [rows, 1]}
+        outputs = [shape | {"parameters": {"binary_data_size": 4 * rows}}]
+        answer = json.dumps({"model_name": "ranker", "model_version": "1", "outputs": outputs}).encode()
+        self.send_response(200)
+        self.send_header("Inference-Header-Content-Length", str(len(answer)))
+        self.send_header("Content-Length", str(len(answer) + 4 * rows))
+        self.end_headers()
+        self.wfile.write(answer + np.zeros(rows, np.float32).tobytes())
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def triton() -> Iterator[str]:
+    """host:port of a Triton stub."""
+    TritonStub.asked.clear()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), TritonStub) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        yield f"127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def test_the_bare_parts_are_the_bundles_own_models_and_one_real_call_to_triton(tmp_path: Path, triton: str):
+    bundle = open_bundle(build_fake_bundle(tmp_path, items=300))
+    (ask,) = prepare([msgspec.json.encode(RecommendRequest(user="u"))], bundle, seed=1)
+    with contextlib.closing(BareParts(bundle, triton)) as parts:
+        vector = parts.tower(ask.history)
+        assert vector.shape == (1, VECTOR_DIM)
+        assert np.abs(vector).sum() > 0
+        parts.search(vector)
+        parts.rank(ask.sparse, ask.dense)
+    ((path, inputs),) = TritonStub.asked
+    assert path == f"/v2/models/ranker-{bundle.short}/infer"
+    assert inputs == {
+        "sparse": ("INT64", [200, len(RANKER_SPARSE)], 200 * len(RANKER_SPARSE) * 8),
+        "dense": ("FP32", [200, len(RANKER_DENSE)], 200 * len(RANKER_DENSE) * 4),
+    }
+
+
+def test_a_triton_that_answers_too_few_scores_is_not_compared(
+    tmp_path: Path, triton: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(TritonStub, "scores_per_row", 0)
+    bundle = open_bundle(build_fake_bundle(tmp_path, items=60))
+    (ask,) = prepare([msgspec.json.encode(RecommendRequest(user="u"))], bundle, seed=1)
+    with (
+        contextlib.closing(BareParts(bundle, triton)) as parts,
+        pytest.raises(DeskError, match="no score for each candidate"),
+    ):
+        parts.rank(ask.sparse, ask.dense)
+
+
+def test_a_whole_bench_writes_its_result_and_requests_that_can_be_replayed(tmp_path: Path, triton: str):
+    bundle = open_bundle(build_fake_bundle(tmp_path / "bundles", items=60))
+    with StubGateway(Behaviour(bundle=bundle.short)) as stub:
+        wanted = Options(
+            gateway=stub.url, triton=triton, bundles=tmp_path / "bundles", requests=5, rounds=2, out=tmp_path / "out"
+        )
+        result = run(wanted, Console(file=io.StringIO()))
+        recorded = tmp_path / "out" / "bench-requests.jsonl"
+        first = recorded.read_bytes()
+        again = dataclasses.replace(wanted, replay=recorded, seed=99)
+        assert run(again, Console(file=io.StringIO())).requests == 5
+    assert recorded.read_bytes() == first, "a replay asks the same things"
+    assert msgspec.json.decode((tmp_path / "out" / "bench.json").read_bytes(), type=BenchResult).rounds == 2
+    assert (result.requests, result.rounds, result.bundle) == (5, 2, bundle.short)
+    assert result.gateway.p50_ms > 0
+    assert len(TritonStub.asked) == 2 * (1 + 2) * 5, "each request once in warm-up and in every round"
+
+
+def test_nobody_listening_ends_with_the_remedy_and_code_2(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    assert main(["--gateway", f"http://127.0.0.1:{port}", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().out
+    assert "nothing answers at" in said
+    assert "rankbridge up" in said
+
+
+def test_a_bundle_that_is_not_here_is_said_with_the_remedy(tmp_path: Path):
+    with StubGateway() as stub, pytest.raises(DeskError, match="serves bundle 000000000000"):
+        run(Options(gateway=stub.url, bundles=tmp_path, out=tmp_path, requests=2, rounds=1), Console())
+
+
+@pytest.mark.parametrize("content", ["", '{"k": 0}\n', "nonsense\n"])
+def test_a_file_of_requests_that_holds_none_is_refused(tmp_path: Path, content: str):
+    path = tmp_path / "requests.jsonl"
+    path.write_text(content)
+    with StubGateway() as stub, pytest.raises(DeskError, match=r"requests\.jsonl"):
+        run(Options(gateway=stub.url, replay=path, out=tmp_path), Console())
+
+
+def test_the_table_shows_the_sums_the_gateway_its_own_time_and_the_ratios():
+    result = summarise([timings([6.0] * 100)], best_rung=1)
+    out = io.StringIO()
+    show(result, Console(file=out, width=100))
+    said = out.getvalue()
+    for line in ("sum of the parts", "gateway / parts at p50: 1.50", "its own time", "stage rank", "goal 1.3"):
+        assert line in said
+    assert msgspec.json.decode(msgspec.json.encode(result), type=BenchResult) == result

@@ -1,0 +1,93 @@
+"""The plan of both sites: which processes there are, and what each is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rankbridge.layout import Layout
+from rankbridge.roles import LISTENERS, READY_PATHS, READY_WITHIN_S, STOP_WAVES, Plan, Process, Role
+from rankbridge.triton import Triton
+from workloads.contract.sites import AWS, ONPREM, AddressBook, Listener, SiteName
+
+BUNDLE_ID = "ab" * 32
+
+
+@pytest.fixture
+def triton(tmp_path: Path) -> Triton:
+    return Triton(
+        server=tmp_path / "tritonserver",
+        libraries=tmp_path / "libs",
+        backend_files=(tmp_path / "stub",),
+        python=tmp_path / "python",
+        python_libraries=None,
+    )
+
+
+def plan(layout: Layout, **changes: object) -> Plan:
+    return Plan(layout, AddressBook(), layout.bundles / BUNDLE_ID, **changes)  # type: ignore[arg-type]  # a test's shorthand
+
+
+def processes(layout: Layout, triton: Triton, **changes: object) -> dict[str, Process]:
+    return {one.name: one for one in plan(layout, **changes).processes(triton, {"PATH": "/usr/bin"})}
+
+
+def test_each_site_has_its_own_of_every_role_and_home_alone_the_intake(layout: Layout, triton: Triton):
+    roles = {"tritonserver", "retrieval", "agent", "gateway"}
+    expected = {f"{site}-{role}" for site in SiteName for role in roles} | {"onprem-intake"}
+    assert set(processes(layout, triton)) == expected
+
+
+def test_every_socket_is_on_its_own_sites_loopback_address(layout: Layout, triton: Triton):
+    for one in processes(layout, triton).values():
+        address = (ONPREM if one.site is SiteName.ONPREM else AWS).address
+        assert {host for host, _ in one.sockets} == {address}
+    sockets = [socket for one in processes(layout, triton).values() for socket in one.sockets]
+    assert len(sockets) == len(set(sockets))
+
+
+def test_a_cloud_gateway_gets_neither_key_nor_profiles_nor_raw_ids(layout: Layout, triton: Triton):
+    found = processes(layout, triton)
+    home, cloud = " ".join(found["onprem-gateway"].command), " ".join(found["aws-gateway"].command)
+    for option in ("--pseudonym-key", "--profiles", "--users-sample"):
+        assert option in home
+        assert option not in cloud
+    assert "/onprem/" not in cloud
+
+
+def test_gateways_and_retrieval_read_their_sites_verified_copy(layout: Layout, triton: Triton):
+    found = processes(layout, triton)
+    for site in SiteName:
+        for role in ("gateway", "retrieval"):
+            command = found[f"{site}-{role}"].command
+            assert command[command.index("--bundle") + 1] == str(layout.site(site) / "bundles" / BUNDLE_ID)
+
+
+def test_both_gateways_hand_events_to_the_intake_at_home(layout: Layout, triton: Triton):
+    for site in SiteName:
+        command = processes(layout, triton)[f"{site}-gateway"].command
+        assert command[command.index("--intake") + 1] == "http://127.0.10.1:8082"
+
+
+def test_an_injected_fault_reaches_the_agents_at_install_and_run(layout: Layout, triton: Triton):
+    fault = ("ranker-delay=80ms",)
+    for site in (ONPREM, AWS):
+        assert plan(layout, injections=fault).install(site)[-2:] == ["--inject", "ranker-delay=80ms"]
+        assert "ranker-delay=80ms" in processes(layout, triton, injections=fault)[f"{site.name}-agent"].command
+
+
+def test_a_port_override_holds_at_both_sites_and_for_those_who_call_it(layout: Layout, triton: Triton):
+    changed = Plan(layout, AddressBook({Listener.RETRIEVAL: 9081}), layout.bundles / BUNDLE_ID)
+    found = {one.name: one for one in changed.processes(triton, {})}
+    for site in (ONPREM, AWS):
+        assert found[f"{site.name}-retrieval"].sockets == ((site.address, 9081),)
+        assert f"http://{site.address}:9081" in found[f"{site.name}-gateway"].command
+
+
+def test_every_role_has_what_starting_waiting_and_stopping_need():
+    for role in Role:
+        assert LISTENERS[role]
+        assert READY_PATHS[role].startswith("/")
+        assert READY_WITHIN_S[role] > 0
+    assert sorted(role for wave in STOP_WAVES for role in wave) == sorted(Role)

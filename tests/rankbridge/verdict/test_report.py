@@ -1,0 +1,163 @@
+"""The page says what the verdict says, all by itself."""
+
+import html
+import html.parser
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from loadtests.gate import Breach
+from rankbridge.report import render, write
+from rankbridge.verdict import Verdict, read
+from rankbridge.verdict import write as write_verdict
+
+Make = Callable[..., Verdict]
+
+
+class Page(html.parser.HTMLParser):
+    """Text, tags and ids of a page; complains about tags that do not match."""
+
+    VOID = frozenset({"meta", "link", "br", "img", "input", "hr"})
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.text = ""
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(content)
+        assert self.open == [], "every tag is closed"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.ids += [value for name, value in attrs if name == "id" and value]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in {"style"}:
+            self.text += data.replace("\u00a0", " ")
+
+
+@pytest.fixture(scope="module")
+def good(good_verdict: Verdict) -> str:
+    return render(good_verdict)
+
+
+@pytest.fixture(scope="module")
+def red(red_verdict: Verdict) -> str:
+    return render(red_verdict)
+
+
+def test_the_page_asks_nobody_for_anything(good: str):
+    page = Page(good)
+    assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in page.tags}
+    for name in ("src", "href", "xlink:href", "action", "srcset", "data"):
+        assert all((attributes.get(name) or "#").startswith("#") for _, attributes in page.tags)
+    without_names = re.sub(r'xmlns(:\w+)?="[^"]*"', "", good)
+    assert "http://" not in without_names
+    assert "https://" not in without_names
+    assert not re.search(r"url\((?!#)", good), "nothing but clip paths of the page itself"
+    assert "@import" not in good
+
+
+def test_a_passed_verdict_says_so(good: str):
+    text = Page(good).text
+    assert "Passed" in text
+    assert "Failed" not in text
+    assert re.search(r"All \d+ budgets held", text)
+
+
+def test_a_failed_verdict_lists_every_breach_in_its_own_words(red: str, red_verdict: Verdict):
+    text = Page(red).text
+    assert "Failed" in text
+    for breach in red_verdict.breaches:
+        assert breach.sentence in text
+    assert "the ranker" in text
+    assert "ranker-delay=80ms" in text
+
+
+def test_popularity_knn_and_ours_stand_in_one_table(good: str):
+    tables = re.findall(r'<table class="quality">.*?</table>', good, re.DOTALL)
+    assert tables
+    for name in ("Popularity, all time", "Item-to-item kNN", "Ours"):
+        assert name in tables[0]
+    assert "item-to-item kNN is better than ours" in Page(good).text
+
+
+def test_every_part_of_a_verdict_is_on_the_page(good: str):
+    text = Page(good).text
+    for said in (
+        *("/v1/recommend", "/v1/search", "/v1/events", "Where the time goes", "Over the run", "Which rung answered"),
+        *("onprem tritonserver", "aws gateway", "training", "GPU of aws", "emulated", "make rehearse", "3f9c2a7be410"),
+        *("duplicate event ids", "two-tower: loss", "AUC 0.7812", "Acknowledged events that are not in the store"),
+    ):
+        assert said in text, said
+
+
+def test_drawings_are_well_formed_and_take_their_colours_from_the_page(good: str):
+    drawings = re.findall(r"<svg.*?</svg>", good, re.DOTALL)
+    assert len(drawings) > 10
+    for drawing in drawings:
+        ET.fromstring(drawing)  # noqa: S314 - our own drawing
+        assert "var(--" in drawing
+        assert not re.search(r"#0101[0-9a-f]{2}", drawing), "no placeholder colour is left"
+    css = good[: good.index("</style>")]
+    used = set(re.findall(r"var\((--[\w-]+)\)", good))
+    assert used <= set(re.findall(r"(--[\w-]+):", css))
+    assert "prefers-color-scheme: dark" in css
+
+
+def test_no_two_drawings_share_an_id(good: str):
+    ids = Page(good).ids
+    assert len(ids) == len(set(ids))
+
+
+def test_what_others_wrote_is_text_and_never_markup(make_verdict: Make):
+    evil = "<script>alert(1)</script>"
+    found = make_verdict(notes=[evil], reproduce=[evil])
+    breach = Breach(what="p99", sentence=evil)
+    content = render(msgspec.structs.replace(found, breaches=[breach], passed=False))
+    assert "<script" not in content
+    assert html.escape(evil) in content
+
+
+def test_a_verdict_with_next_to_nothing_is_still_a_page(make_verdict: Make):
+    bare = make_verdict(
+        dataset=None,
+        bundle=None,
+        quality=None,
+        load=None,
+        memory=(),
+        durability=None,
+        steps=(),
+        curves=(),
+        reproduce=(),
+    )
+    text = Page(render(bare)).text
+    assert "Failed" in text
+    assert "No load was run" in text
+
+
+def test_the_page_is_made_from_the_file_of_a_verdict_alone(tmp_path: Path, good_verdict: Verdict, good: str):
+    write_verdict(good_verdict, tmp_path / "verdict.json")
+    write(read(tmp_path / "verdict.json"), tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text() == good
+
+
+def test_the_same_verdict_gives_the_same_page(good_verdict: Verdict, good: str):
+    assert render(good_verdict) == good
+
+
+def test_the_page_is_small(good: str):
+    assert len(good) < 400_000

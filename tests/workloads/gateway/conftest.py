@@ -1,0 +1,168 @@
+"""A gateway over a small bundle, fakes for its neighbours, and clients that speak to it in process."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from workloads.bundle.fake import CREATED_MS, build_fake_bundle
+from workloads.bundle.store import Bundle, open_bundle
+from workloads.contract.events import EventType
+from workloads.contract.sites import SiteName
+from workloads.data.profiles import MemoryProfiles, Profile, Touch
+from workloads.data.pseudonym import PseudonymKey
+from workloads.gateway.app import IN_FLIGHT_MAX, Gateway
+from workloads.gateway.catalogue_sample import Sampler
+from workloads.gateway.doors import FakeIntake, FakeRanker, FakeRetrieval
+from workloads.gateway.identity import CloudEdge, HomeEdge
+from workloads.gateway.ladder import Reason
+from workloads.gateway.pipeline import Pipeline
+from workloads.gateway.timing import FakeClock
+from workloads.telemetry.metrics import StageMetrics, new_registry, render
+
+ITEMS = 200
+DAY_MS = 86_400_000
+
+
+@pytest.fixture(scope="session")
+def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_fake_bundle(tmp_path_factory.mktemp("bundles"), items=ITEMS)
+
+
+@pytest.fixture(scope="session")
+def bundle(bundle_path: Path) -> Bundle:
+    return open_bundle(bundle_path)
+
+
+@pytest.fixture
+def user() -> str:
+    """A raw id, whose profile says: item-00003 bought 40 days ago, item-00004 viewed yesterday."""
+    return "raw-user-alice@example.org"
+
+
+@pytest.fixture
+def key() -> PseudonymKey:
+    return PseudonymKey(epoch=1, secret=b"k" * 32)
+
+
+@pytest.fixture
+def profiles(user: str, key: PseudonymKey) -> MemoryProfiles:
+    touches = [
+        Touch("item-00003", EventType.PURCHASE, 2, 1, CREATED_MS - 40 * DAY_MS),
+        Touch("item-00004", EventType.VIEW, 1, 0, CREATED_MS - DAY_MS),
+    ]
+    return MemoryProfiles([Profile(key.pseudonym(user), touches)])
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock(CREATED_MS)
+
+
+@pytest.fixture
+def ranker(clock: FakeClock) -> FakeRanker:
+    return FakeRanker(clock.sleep)
+
+
+@pytest.fixture
+def retrieval(bundle: Bundle, clock: FakeClock) -> FakeRetrieval:
+    """Proposes every item in the order of its index."""
+    return FakeRetrieval(bundle.id, range(1, ITEMS + 1), clock.sleep)
+
+
+@pytest.fixture
+def intake(clock: FakeClock) -> FakeIntake:
+    return FakeIntake(clock.sleep)
+
+
+@pytest.fixture
+def metrics() -> StageMetrics:
+    return StageMetrics(new_registry())
+
+
+@pytest.fixture
+def counted(metrics: StageMetrics) -> Callable[[str], float]:
+    """A sample of /metrics by its name with labels; 0 where there is none."""
+
+    def value(name: str) -> float:
+        for line in render(metrics.registry)[0].decode().splitlines():
+            if line.startswith(name + " "):
+                return float(line.rsplit(" ", 1)[1])
+        return 0.0
+
+    return value
+
+
+@pytest.fixture
+def faults() -> list[Reason]:
+    """What the pipeline said of calls that brought nothing."""
+    return []
+
+
+MakeApp = Callable[..., Gateway]
+
+
+@pytest.fixture
+def make_app(
+    bundle: Bundle,
+    key: PseudonymKey,
+    user: str,
+    profiles: MemoryProfiles,
+    clock: FakeClock,
+    ranker: FakeRanker,
+    retrieval: FakeRetrieval,
+    intake: FakeIntake,
+    metrics: StageMetrics,
+    faults: list[Reason],
+) -> MakeApp:
+    def make(site: SiteName = SiteName.ONPREM, in_flight_max: int = IN_FLIGHT_MAX) -> Gateway:
+        home = site is SiteName.ONPREM
+        pipeline = Pipeline(
+            site=site,
+            bundle=bundle,
+            ranker=ranker,
+            retrieval=retrieval,
+            profiles=profiles if home else None,
+            clock=clock,
+            on_fault=faults.append,
+        )
+        return Gateway(
+            pipeline=pipeline,
+            ranker=ranker,
+            retrieval=retrieval,
+            intake=intake,
+            edge=HomeEdge(key) if home else CloudEdge(),
+            sampler=Sampler(bundle, [user, "raw-user-bob"] if home else [], pipeline.best_rung),
+            metrics=metrics,
+            in_flight_max=in_flight_max,
+        )
+
+    return make
+
+
+def client_of(app: Gateway) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app, raise_app_exceptions=True), base_url="http://gateway")
+
+
+@pytest.fixture
+async def client(make_app: MakeApp) -> AsyncIterator[httpx.AsyncClient]:
+    """To a gateway at home."""
+    async with client_of(make_app()) as made:
+        yield made
+
+
+@pytest.fixture
+async def cloud(make_app: MakeApp) -> AsyncIterator[httpx.AsyncClient]:
+    """To a gateway in the cloud."""
+    async with client_of(make_app(SiteName.AWS)) as made:
+        yield made
+
+
+@pytest.fixture
+async def narrow(make_app: MakeApp) -> AsyncIterator[httpx.AsyncClient]:
+    """To a gateway that serves one request at a time."""
+    async with client_of(make_app(in_flight_max=1)) as made:
+        yield made

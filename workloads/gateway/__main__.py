@@ -1,0 +1,113 @@
+"""`python -m workloads.gateway --site NAME --listen H:P --bundle DIR ...`: be a site's gateway until SIGTERM.
+
+At home it is given the pseudonym key and the profiles; a cloud site must have neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from pathlib import Path
+
+from prometheus_client import Counter
+
+from workloads.bundle.store import BundleFault, open_bundle
+from workloads.contract.sites import SITES, Site, SiteName
+from workloads.data.profiles import ProfileStore, ProfileStoreError, SqliteProfiles
+from workloads.data.pseudonym import KeyFileError, read_key
+from workloads.gateway.app import Gateway
+from workloads.gateway.catalogue_sample import Sampler, UsersFileError, read_users
+from workloads.gateway.doors import HttpIntake, HttpRetrieval, TritonRanker
+from workloads.gateway.identity import CloudEdge, Edge, HomeEdge
+from workloads.gateway.ladder import Reason
+from workloads.gateway.pipeline import Pipeline
+from workloads.gateway.timing import SystemClock
+from workloads.telemetry import log
+from workloads.telemetry.metrics import StageMetrics, new_registry
+from workloads.telemetry.service import CannotStartError, run
+
+_GC_THRESHOLDS = (20_000, 20, 50)
+"""What is loaded lives for ever and is frozen; what a request makes dies without the collector's help."""
+
+
+def main() -> int:
+    """Exit code: 0 stopped when asked, 2 could not start."""
+    parser = argparse.ArgumentParser(prog="python -m workloads.gateway", description=__doc__)
+    parser.add_argument("--site", required=True, choices=[name.value for name in SiteName])
+    parser.add_argument("--listen", required=True, metavar="HOST:PORT", help="loopback address to serve at")
+    parser.add_argument("--bundle", required=True, type=Path, metavar="DIR", help="the site's verified bundle")
+    parser.add_argument("--retrieval", required=True, metavar="URL", help="the site's retrieval service")
+    parser.add_argument("--triton", required=True, metavar="HOST:PORT", help="the site's Triton, HTTP")
+    parser.add_argument("--intake", required=True, metavar="URL", help="the intake at home")
+    parser.add_argument("--profiles", type=Path, metavar="PATH", help="home only: profiles.sqlite")
+    parser.add_argument("--pseudonym-key", type=Path, metavar="PATH", help="home only: pseudonym-<epoch>.key")
+    parser.add_argument("--users-sample", type=Path, metavar="PATH", help="home only: users-sample.json")
+    options = parser.parse_args()
+    site = SITES[SiteName(options.site)]
+    if fault := _home_fault(site, options):
+        parser.error(fault)
+    return run("gateway", site.name.value, options.listen, lambda: _build(site, options))
+
+
+def _home_fault(site: Site, options: argparse.Namespace) -> str | None:
+    """Why these options do not fit the kind of site, or None."""
+    home_only = ("profiles", "pseudonym_key", "users_sample")
+    given = [f"--{name.replace('_', '-')}" for name in home_only if getattr(options, name) is not None]
+    if not site.is_home and given:
+        return f"{', '.join(given)}: ids and profiles of people stay at home; {site.name.value} is a cloud site"
+    if site.is_home and options.pseudonym_key is None:
+        return f"--pseudonym-key: {site.name.value} is home and must map users to pseudonyms"
+    return None
+
+
+def _build(site: Site, options: argparse.Namespace) -> Gateway:
+    """Open everything. Raises CannotStartError."""
+    metrics = StageMetrics(new_registry())
+    faults = Counter(
+        "rankbridge_neighbour_faults", "Calls that gave no usable answer", ("reason",), registry=metrics.registry
+    )
+    children = {reason: faults.labels(reason.value) for reason in Reason}
+    try:
+        bundle = open_bundle(options.bundle)
+        ranker = TritonRanker(options.triton, bundle.id)
+        retrieval, intake = HttpRetrieval(options.retrieval), HttpIntake(options.intake)
+        profiles: ProfileStore | None = None if options.profiles is None else SqliteProfiles(options.profiles)
+        users = [] if options.users_sample is None else read_users(options.users_sample)
+        edge: Edge = CloudEdge() if options.pseudonym_key is None else HomeEdge(read_key(options.pseudonym_key))
+    except BundleFault as error:
+        raise CannotStartError(str(error), error.remedy) from None
+    except (ProfileStoreError, KeyFileError, UsersFileError) as error:
+        raise CannotStartError(str(error), "prepare the data set again") from None
+    except ValueError as error:
+        raise CannotStartError(str(error), "correct the address") from None
+    pipeline = Pipeline(
+        site=site.name,
+        bundle=bundle,
+        ranker=ranker,
+        retrieval=retrieval,
+        profiles=profiles,
+        clock=SystemClock(),
+        on_fault=lambda reason: children[reason].inc(),
+    )
+    app = Gateway(
+        pipeline=pipeline,
+        ranker=ranker,
+        retrieval=retrieval,
+        intake=intake,
+        edge=edge,
+        sampler=Sampler(bundle, users, pipeline.best_rung),
+        metrics=metrics,
+    )
+    pipeline.warm_up()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_GC_THRESHOLDS)
+    log.get(component="gateway").info(
+        "loaded", bundle=bundle.short, items=bundle.features.items, profiles=profiles is not None
+    )
+    return app
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,375 @@
+"""The gateway's neighbours, each behind one narrow door: Triton's ranker, retrieval, intake.
+
+A door turns a neighbour's ways of failing into one `DoorFault` with a fixed reason, and checks what
+comes back before anybody uses it. Real doors speak HTTP over `neighbour.Neighbour`; the fakes beside them answer at
+once, late or not at all, as told. Doors hold no policy: whether to call is the ladder's question.
+
+Triton's wire format: KServe v2 with the binary tensor data extension
+(https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Protocol
+from urllib.parse import urlsplit
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from workloads.contract.events import Event
+from workloads.contract.http import (
+    PATH_CANDIDATES,
+    PATH_INTAKE,
+    PATH_READY,
+    BackendState,
+    CandidatesAnswer,
+    CandidatesQuery,
+    EventsAnswer,
+)
+from workloads.contract.tensors import RANKER
+from workloads.gateway.ladder import Reason
+from workloads.gateway.neighbour import Late, Neighbour, Reply, Unreachable
+
+Sparse = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+STATE_TIMEOUT_S: Final = 0.25
+"""How long a neighbour may take to say that it is ready."""
+
+
+class DoorFault(Exception):  # noqa: N818 - as BundleFault
+    """A neighbour gave no answer that can be used. `detail` is for a log; it holds no data of a request."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+
+class Ranker(Protocol):
+    """Scores candidates."""
+
+    async def probabilities(self, sparse: Sparse, dense: Floats, timeout_s: float) -> Floats:
+        """Click probability of each row, [C], from the ranker's inputs [C, F_s] and [C, F_d]. Raises DoorFault."""
+        ...
+
+    async def state(self) -> BackendState:
+        """Whether it would answer now."""
+        ...
+
+    async def close(self) -> None:
+        """Give its resources back."""
+        ...
+
+
+class Retrieval(Protocol):
+    """Finds candidates."""
+
+    async def candidates(self, query: CandidatesQuery, timeout_s: float) -> CandidatesAnswer:
+        """At most `query.count` candidates of the bundle that the query names. Raises DoorFault."""
+        ...
+
+    async def state(self) -> BackendState:
+        """Whether it would answer now."""
+        ...
+
+    async def close(self) -> None:
+        """Give its resources back."""
+        ...
+
+
+class IntakeFault(Exception):  # noqa: N818 - as BundleFault
+    """Events are not known to be on disk. The message is for the client; it holds no data of a request."""
+
+
+class Intake(Protocol):
+    """Keeps events."""
+
+    async def append(self, events: Sequence[Event], timeout_s: float) -> EventsAnswer:
+        """Returns when all are on disk. Raises IntakeFault."""
+        ...
+
+    async def state(self) -> BackendState:
+        """Whether it would answer now."""
+        ...
+
+    async def close(self) -> None:
+        """Give its resources back."""
+        ...
+
+
+class TritonRanker:
+    """The ranker of one bundle in the site's Triton."""
+
+    def __init__(self, host_port: str, bundle_id: str) -> None:
+        self._model = RANKER.triton_name(bundle_id)
+        self._at = neighbour(host_port)
+        headers = (("content-type", "application/octet-stream"),)
+        self._head = self._at.head("POST", f"/v2/models/{self._model}/infer", headers)
+        self._ready = self._at.head("GET", f"/v2/models/{self._model}/ready")
+        self._requests: dict[int, tuple[bytes, bytes]] = {}
+
+    async def probabilities(self, sparse: Sparse, dense: Floats, timeout_s: float) -> Floats:
+        """See `Ranker`."""
+        rows = len(sparse)
+        header, more_head = self._request(rows)
+        body = (header, sparse.data.cast("B"), dense.data.cast("B"))
+        try:
+            reply = await self._at.send(self._head, body, timeout_s, more_head)
+        except Unreachable as error:
+            raise DoorFault(Reason.RANKER_DOWN, f"Triton: {error}") from None
+        except Late:
+            raise DoorFault(Reason.RANKER_LATE, f"Triton gave no answer in {timeout_s * 1000:.0f} ms") from None
+        if reply.status != 200:
+            raise self._fault(reply)
+        return self._scores(reply, rows)
+
+    def _request(self, rows: int) -> tuple[bytes, bytes]:
+        """The JSON part of a request for so many rows, and the header line that says its length; made once each.
+
+        It names no timeout: Triton would look at one only under a queue policy, and the gateway counts the time itself.
+        """
+        made = self._requests.get(rows)
+        if made is None:
+            inputs = [
+                {
+                    "name": spec.name,
+                    "datatype": _TRITON_TYPES[spec.dtype],
+                    "shape": [rows, *spec.shape],
+                    "parameters": {"binary_data_size": rows * int(np.prod(spec.shape)) * np.dtype(spec.dtype).itemsize},
+                }
+                for spec in RANKER.inputs
+            ]
+            header = msgspec.json.encode({"inputs": inputs, "parameters": {"binary_data_output": True}})
+            made = self._requests[rows] = header, b"inference-header-content-length: %d\r\n" % len(header)
+        return made
+
+    def _fault(self, reply: Reply) -> DoorFault:
+        text = _error_text(reply)
+        if reply.status == 503:
+            reason = Reason.RANKER_BUSY
+        elif "unknown model" in text or "no available versions" in text or "is not ready" in text:
+            reason = Reason.RANKER_NOT_LOADED
+        else:
+            reason = Reason.RANKER_FAULT
+        return DoorFault(reason, f"Triton answered {reply.status}: {text}")
+
+    def _scores(self, reply: Reply, rows: int) -> Floats:
+        """The tail of the body is the one output; its size says whether it is what was asked for."""
+        length = reply.headers.get(b"inference-header-content-length", b"")
+        start = int(length) if length.isdigit() else -1
+        if start < 0 or len(reply.body) - start != 4 * rows:
+            detail = f"Triton answered {len(reply.body) - start} bytes of scores for {rows} candidates"
+            raise DoorFault(Reason.RANKER_NONSENSE, detail)
+        scores: Floats = np.frombuffer(reply.body, dtype="<f4", offset=start)
+        return _checked(scores)
+
+    async def state(self) -> BackendState:
+        """See `Ranker`."""
+        return await _state(self._at, self._ready, f"the model {self._model}")
+
+    async def close(self) -> None:
+        """See `Ranker`."""
+        await self._at.close()
+
+
+class HttpRetrieval:
+    """The site's retrieval service."""
+
+    def __init__(self, url: str) -> None:
+        self._at = neighbour(url)
+        self._head = self._at.head("POST", PATH_CANDIDATES, _MSGPACK)
+        self._ready = self._at.head("GET", PATH_READY)
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(CandidatesAnswer).decode
+
+    async def candidates(self, query: CandidatesQuery, timeout_s: float) -> CandidatesAnswer:
+        """See `Retrieval`."""
+        try:
+            reply = await self._at.send(self._head, (self._encode(query),), timeout_s)
+        except Unreachable as error:
+            raise DoorFault(Reason.RETRIEVAL_DOWN, f"retrieval: {error}") from None
+        except Late:
+            raise DoorFault(Reason.RETRIEVAL_LATE, f"retrieval gave no answer in {timeout_s * 1000:.0f} ms") from None
+        if reply.status == 409:
+            raise DoorFault(Reason.RETRIEVAL_OTHER_BUNDLE, f"retrieval serves another bundle: {_error_text(reply)}")
+        if reply.status != 200:
+            raise DoorFault(Reason.RETRIEVAL_FAULT, f"retrieval answered {reply.status}: {_error_text(reply)}")
+        try:
+            answer = self._decode(reply.body)
+        except _UNREADABLE as error:
+            raise DoorFault(Reason.RETRIEVAL_FAULT, f"retrieval's answer is no CandidatesAnswer: {error}") from None
+        if not len(answer.items) == len(answer.scores) == len(answer.ann) == len(answer.source):
+            raise DoorFault(Reason.RETRIEVAL_FAULT, "retrieval answered columns of different lengths")
+        return answer
+
+    async def state(self) -> BackendState:
+        """See `Retrieval`."""
+        return await _state(self._at, self._ready, "retrieval")
+
+    async def close(self) -> None:
+        """See `Retrieval`."""
+        await self._at.close()
+
+
+class HttpIntake:
+    """The intake at home."""
+
+    def __init__(self, url: str) -> None:
+        self._at = neighbour(url)
+        self._head = self._at.head("POST", PATH_INTAKE, _MSGPACK)
+        self._ready = self._at.head("GET", PATH_READY)
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(EventsAnswer).decode
+
+    async def append(self, events: Sequence[Event], timeout_s: float) -> EventsAnswer:
+        """See `Intake`."""
+        try:
+            reply = await self._at.send(self._head, (self._encode({"events": events}),), timeout_s)
+        except Unreachable as error:
+            raise IntakeFault(f"the intake cannot be reached: {error}") from None
+        except Late:
+            raise IntakeFault(f"the intake gave no answer in {timeout_s * 1000:.0f} ms") from None
+        if reply.status != 200:
+            raise IntakeFault(f"the intake answered {reply.status}")
+        try:
+            return self._decode(reply.body)
+        except _UNREADABLE:
+            raise IntakeFault("the intake answered what is no acknowledgement") from None
+
+    async def state(self) -> BackendState:
+        """See `Intake`."""
+        return await _state(self._at, self._ready, "the intake")
+
+    async def close(self) -> None:
+        """See `Intake`."""
+        await self._at.close()
+
+
+def neighbour(where: str) -> Neighbour:
+    """The neighbour at `host:port` or `http://host:port`. Raises ValueError for anything else."""
+    parts = urlsplit(where if "//" in where else f"//{where}")
+    if parts.scheme not in {"", "http"} or not parts.hostname or not parts.port or parts.path.strip("/"):
+        raise ValueError(f"{where!r} is no address; write http://host:port, or host:port")
+    return Neighbour(parts.hostname, parts.port)
+
+
+_MSGPACK: Final = (("content-type", "application/msgpack"),)
+_UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec's decoders raise; the second for text that is not UTF-8."""
+_TRITON_TYPES: Final = {"int64": "INT64", "float32": "FP32"}
+
+
+def _checked(scores: Floats) -> Floats:
+    """Probabilities, or a fault: a NaN that passed would end up in an order that nobody meant."""
+    # One comparison chain finds NaN, too: it is in no range.
+    if not ((scores >= 0.0) & (scores <= 1.0)).all():
+        raise DoorFault(Reason.RANKER_NONSENSE, "Triton answered scores that are no probabilities")
+    return scores
+
+
+async def _state(at: Neighbour, head: bytes, what: str) -> BackendState:
+    try:
+        reply = await at.send(head, timeout_s=STATE_TIMEOUT_S)
+    except Unreachable as error:
+        return BackendState(up=False, detail=str(error))
+    except Late:
+        return BackendState(up=False, detail=f"{what} did not say whether it is ready in {STATE_TIMEOUT_S:g} s")
+    if reply.status == 200:
+        return BackendState(up=True, detail=f"{what} is ready")
+    said = _error_text(reply)
+    return BackendState(up=False, detail=f"{what} is not ready ({reply.status}){': ' + said if said else ''}")
+
+
+def _error_text(reply: Reply) -> str:
+    """What a neighbour says about its failure, in one short line."""
+    try:
+        match msgspec.json.decode(reply.body):
+            case {"error": str(text)} | {"detail": str(text)}:
+                pass
+            case _:
+                text = reply.body.decode()
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        text = reply.body[:200].decode(errors="replace")
+    return " ".join(text.split())[:200]
+
+
+class FakeNeighbour:
+    """What the fakes share: answer after `delay_s` of `sleep`, or fail with `fault`; count the calls.
+
+    The timeout holds as it does for a real door, against the same sleep.
+    """
+
+    def __init__(self, sleep: Callable[[float], Any] = asyncio.sleep) -> None:
+        self.delay_s = 0.0
+        self.fault: Exception | None = None
+        self.calls = 0
+        self._sleep = sleep
+
+    async def wait(self, timeout_s: float, late: Exception) -> None:
+        """Take the time that it takes; raise what was set."""
+        self.calls += 1
+        if self.delay_s:
+            await self._sleep(min(self.delay_s, timeout_s))
+        if self.delay_s > timeout_s:
+            raise late
+        if self.fault is not None:
+            raise self.fault
+
+    async def state(self) -> BackendState:
+        """Up unless a fault is set."""
+        return BackendState(up=self.fault is None, detail=str(self.fault or "a fake that answers"))
+
+    async def close(self) -> None:
+        """Nothing to give back."""
+
+
+class FakeRanker(FakeNeighbour):
+    """Scores by a function of its inputs; the default prefers high item indices."""
+
+    score: Callable[[Sparse, Floats], Floats] = staticmethod(
+        lambda sparse, _: (sparse[:, 0] / (sparse[:, 0].max(initial=0) + 1)).astype(np.float32)
+    )
+
+    async def probabilities(self, sparse: Sparse, dense: Floats, timeout_s: float) -> Floats:
+        """See `Ranker`."""
+        await self.wait(timeout_s, DoorFault(Reason.RANKER_LATE, "a fake that is late"))
+        return _checked(self.score(sparse, dense))
+
+
+class FakeRetrieval(FakeNeighbour):
+    """Answers the items it was given, in order; keeps the queries it was asked."""
+
+    def __init__(self, bundle: str, items: Sequence[int] = (), sleep: Callable[[float], Any] = asyncio.sleep) -> None:
+        super().__init__(sleep)
+        self.bundle = bundle
+        self.items = list(items)
+        self.queries: list[CandidatesQuery] = []
+
+    async def candidates(self, query: CandidatesQuery, timeout_s: float) -> CandidatesAnswer:
+        """See `Retrieval`."""
+        self.queries.append(query)
+        await self.wait(timeout_s, DoorFault(Reason.RETRIEVAL_LATE, "a fake that is late"))
+        items = [item for item in self.items if item not in query.exclude][: query.count]
+        scores = [1.0 / (1 + place) for place in range(len(items))]
+        return CandidatesAnswer(bundle=self.bundle, items=items, scores=scores, ann=scores, source=[0] * len(items))
+
+
+class FakeIntake(FakeNeighbour):
+    """Keeps events in a list; an event id that was there before is a duplicate."""
+
+    def __init__(self, sleep: Callable[[float], Any] = asyncio.sleep) -> None:
+        super().__init__(sleep)
+        self.kept: dict[str, Event] = {}
+
+    async def append(self, events: Sequence[Event], timeout_s: float) -> EventsAnswer:
+        """See `Intake`."""
+        await self.wait(timeout_s, IntakeFault("the intake gave no answer in time"))
+        before = len(self.kept)
+        for event in events:
+            self.kept.setdefault(event.event_id, event)
+        accepted = len(self.kept) - before
+        return EventsAnswer(accepted=accepted, duplicates=len(events) - accepted)

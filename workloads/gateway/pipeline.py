@@ -1,0 +1,396 @@
+"""One request from what is known of a user to a list of items: features, candidates, rank, rules.
+
+Each stage is timed and has its share of the deadline. What is late, lost or wrong costs a rung and
+never the answer: the ranker's order, else the retrieval's, else the traditional recommender's. Users
+come in as pseudonyms. HTTP, JSON and raw ids are not known here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sqlite3
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from workloads.bundle.store import Bundle
+from workloads.contract.http import (
+    SOURCES,
+    BackendState,
+    CandidatesAnswer,
+    CandidatesQuery,
+    RankedItem,
+    RecommendRequest,
+    SearchRequest,
+    Served,
+    SimilarRequest,
+)
+from workloads.contract.sites import SiteName
+from workloads.contract.slo import CANDIDATES_RANKED, Endpoint, Rung, Stage
+from workloads.contract.tensors import PAD
+from workloads.data.features import ItemTables, UserState, rank_features
+from workloads.data.fusion import Candidates
+from workloads.data.profiles import ProfileStore, Touch
+from workloads.gateway import rules
+from workloads.gateway.doors import DoorFault, Ranker, Retrieval
+from workloads.gateway.ladder import (
+    BEST_RUNG,
+    WORTH_TRYING_MS,
+    Circuit,
+    Leave,
+    Reason,
+    candidates_budget_ms,
+    counts_as_late,
+    rank_budget_ms,
+    ranks,
+)
+from workloads.gateway.timing import Clock, Timer
+from workloads.gateway.traditional import Traditional
+from workloads.telemetry import log
+
+Ints = npt.NDArray[np.int32]
+Kind = Literal["recommend", "search", "similar"]
+
+SPARE: Final = 2
+"""Candidates asked for per item of the answer where nothing is ranked: the rules take some away."""
+
+_nobody: Final = np.empty(0, dtype=np.int32)
+_logger = log.get(component="pipeline")
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What the stages need to know of a request."""
+
+    endpoint: Endpoint
+    kind: Kind
+    k: int
+    state: UserState
+    exclude: Ints
+    """Item indices that the answer leaves out."""
+    traditional: Callable[[], Candidates]
+    """What rung 4 proposes."""
+    query: str | None = None
+    varied: bool = False
+    """Whether one category may not fill the answer."""
+    asked_plain: bool = False
+    """The client wants no model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """What became of a question: candidates in the order to answer, and how they came about."""
+
+    candidates: Candidates
+    scores: npt.NDArray[np.float32]
+    rung: int
+    reason: Reason | None
+    ranked: int | None = None
+
+
+class Pipeline:
+    """All stages over one bundle. One per process; a request is one call of `recommend`, `search` or `similar`."""
+
+    def __init__(
+        self,
+        *,
+        site: SiteName,
+        bundle: Bundle,
+        ranker: Ranker,
+        retrieval: Retrieval,
+        profiles: ProfileStore | None,
+        clock: Clock,
+        best_rung: Mapping[str, int] = BEST_RUNG,
+        on_fault: Callable[[Reason], None] = lambda _: None,
+    ) -> None:
+        """`on_fault` is told of every call to a neighbour that brought no usable answer."""
+        self.site = site
+        self.bundle = bundle
+        # Plain arrays: numpy's memmap type pays for its bookkeeping on every operation.
+        self.tables = ItemTables.of({name: table.view(np.ndarray) for name, table in bundle.tables.items()})
+        self.best_rung = best_rung
+        self._in_stock = self.tables.in_stock != 0
+        self._traditional = Traditional(self.tables, bundle.titles)
+        self._ranker, self._ranker_circuit = ranker, Circuit()
+        self._retrieval, self._retrieval_circuit = retrieval, Circuit()
+        self._profiles = profiles
+        self._clock = clock
+        self._on_fault = on_fault
+        self._profiles_fault: str | None = None
+
+    def timer(self, deadline_ms: float) -> Timer:
+        """A timer that starts now."""
+        return Timer(self._clock, deadline_ms)
+
+    async def recommend(
+        self, request: RecommendRequest, user: str | None, timer: Timer
+    ) -> tuple[list[RankedItem], Served]:
+        """`/v1/recommend`. `user` is a pseudonym."""
+        index = self.bundle.index
+        state = self._state(user, request.history)
+        exclude = _nobody
+        if not request.repeats:
+            session = [index[item] for item in request.history if item in index]
+            exclude = np.concatenate([state.bought_items, np.array(session, dtype=np.int32)])
+        return await self._answer(
+            Question(
+                endpoint=Endpoint.RECOMMEND,
+                kind="recommend",
+                k=request.k,
+                state=state,
+                exclude=exclude,
+                traditional=lambda: self._traditional.recommend(state),
+                varied=True,
+                asked_plain=not request.use_model,
+            ),
+            timer,
+        )
+
+    async def search(self, request: SearchRequest, user: str | None, timer: Timer) -> tuple[list[RankedItem], Served]:
+        """`/v1/search`. `user` is a pseudonym."""
+        # Taste plays a part only where the ranker does: the order of retrieval is the query's alone.
+        state = self._state(user if ranks(self.best_rung[Endpoint.SEARCH]) else None, ())
+        return await self._answer(
+            Question(
+                endpoint=Endpoint.SEARCH,
+                kind="search",
+                k=request.k,
+                state=state,
+                exclude=_nobody,
+                traditional=lambda: self._traditional.search(request.query),
+                query=request.query,
+            ),
+            timer,
+        )
+
+    async def similar(self, request: SimilarRequest, timer: Timer) -> tuple[list[RankedItem], Served]:
+        """`/v1/similar`."""
+        item = self.bundle.index.get(request.item, PAD)
+        state = self._state(None, (request.item,))
+        return await self._answer(
+            Question(
+                endpoint=Endpoint.SIMILAR,
+                kind="similar",
+                k=request.k,
+                state=state,
+                exclude=np.array([item], dtype=np.int32) if item else _nobody,
+                traditional=lambda: self._traditional.similar(item),
+            ),
+            timer,
+        )
+
+    def warm_up(self) -> None:
+        """Go once through all that is computed here: first calls import, allocate and take a hundred times as long."""
+        state = self._state(None, [item for item in self.bundle.item_ids[1:4] if item])
+        candidates = self._traditional.recommend(state)
+        rank_features(state, candidates, self.tables, self.bundle.features)
+        question = Question(
+            endpoint=Endpoint.RECOMMEND,
+            kind="recommend",
+            k=2 * len(candidates.items),
+            state=state,
+            exclude=state.items,
+            traditional=lambda: candidates,
+            varied=True,
+        )
+        self._obey_rules(question, Course(candidates, candidates.scores, Rung.TRADITIONAL, None))
+        self._traditional.search(self.bundle.titles[-1])
+
+    def close(self) -> None:
+        """Give the profile store back; the doors belong to the application."""
+        if self._profiles is not None:
+            self._profiles.close()
+
+    def profiles_state(self) -> BackendState | None:
+        """How the last look into the profiles went; None at a site that has none."""
+        if self._profiles is None:
+            return None
+        fault = self._profiles_fault
+        return BackendState(up=fault is None, detail=fault or "profiles can be read")
+
+    def _state(self, user: str | None, history: Sequence[str]) -> UserState:
+        return UserState.of(self._touches(user), history, self._clock.wall_ms(), self.bundle.index)
+
+    def _touches(self, user: str | None) -> Sequence[Touch]:
+        """What the profile says; nothing for somebody unknown, and while the store cannot be read."""
+        if user is None or self._profiles is None:
+            return ()
+        try:
+            profile = self._profiles.get(user)
+        except (sqlite3.Error, msgspec.DecodeError) as error:
+            if self._profiles_fault is None:
+                _logger.error("profiles cannot be read", fault=str(error))
+            self._profiles_fault = str(error)
+            return ()
+        self._profiles_fault = None
+        return profile.touches if profile is not None else ()
+
+    async def _answer(self, question: Question, timer: Timer) -> tuple[list[RankedItem], Served]:
+        course = await self._course(question, timer)
+        items = self._obey_rules(question, course)
+        timer.lap(Stage.RULES)
+        served = Served(
+            rung=course.rung,
+            site=self.site.value,
+            bundle=self.bundle.short,
+            stages_ms={stage: round(spent, 3) for stage, spent in timer.stages_ms.items()},
+            reason=None if course.reason is None else course.reason.value,
+            ranked=course.ranked,
+        )
+        return items, served
+
+    async def _course(self, question: Question, timer: Timer) -> Course:
+        """Down the ladder until something answers; the last rung always does."""
+        best = self.best_rung[question.endpoint]
+        timer.lap(Stage.FEATURES)
+        if question.asked_plain:
+            return self._plain(question, timer, Reason.ASKED)
+        try:
+            candidates = await self._candidates(question, timer, ranked_after=ranks(best))
+        except DoorFault as fault:
+            return self._plain(question, timer, fault.reason)
+        finally:
+            timer.lap(Stage.CANDIDATES)
+        if not ranks(best):
+            return Course(candidates, candidates.scores, best, None)
+        sparse, dense = rank_features(question.state, candidates, self.tables, self.bundle.features)
+        timer.lap(Stage.FEATURES)
+        try:
+            probabilities = await self._rank(sparse, dense, timer)
+        except DoorFault as fault:
+            return Course(candidates, candidates.scores, Rung.RETRIEVAL_SCORE, fault.reason)
+        finally:
+            timer.lap(Stage.RANK)
+        order = np.argsort(-probabilities, kind="stable")
+        return Course(_ordered(candidates, order), probabilities[order], best, None, len(order))
+
+    def _plain(self, question: Question, timer: Timer, reason: Reason) -> Course:
+        candidates = question.traditional()
+        timer.lap(Stage.CANDIDATES)
+        return Course(candidates, candidates.scores, Rung.TRADITIONAL, reason)
+
+    async def _candidates(self, question: Question, timer: Timer, *, ranked_after: bool) -> Candidates:
+        """The retrieval's proposals. Raises DoorFault: no time, not to be called now, or not usable."""
+        budget_ms = candidates_budget_ms(timer.deadline_ms, timer.spent_ms(), ranked_after=ranked_after)
+        given = self._leave(self._retrieval_circuit, budget_ms)
+        state = question.state
+        query = CandidatesQuery(
+            bundle=self.bundle.id,
+            kind=question.kind,
+            history=state.items.tolist(),
+            history_strength=state.strength.tolist(),
+            history_age_hours=state.age_hours.tolist(),
+            context=state.context.tolist(),
+            query=question.query,
+            count=max(CANDIDATES_RANKED, SPARE * question.k) if ranked_after else SPARE * question.k,
+            exclude=question.exclude.tolist(),
+        )
+        try:
+            answer = await self._retrieval.candidates(query, budget_ms / 1000.0)
+            candidates = self._usable(answer)
+        except DoorFault as fault:
+            self._failed(self._retrieval_circuit, given, fault, Stage.CANDIDATES, budget_ms)
+            raise
+        except BaseException:
+            self._retrieval_circuit.abandoned(given)
+            raise
+        if self._retrieval_circuit.succeeded():
+            _logger.info("retrieval is back")
+        if not len(candidates.items):
+            raise DoorFault(Reason.RETRIEVAL_EMPTY, "retrieval found nothing")
+        return candidates
+
+    async def _rank(
+        self, sparse: npt.NDArray[np.int64], dense: npt.NDArray[np.float32], timer: Timer
+    ) -> npt.NDArray[np.float32]:
+        """The ranker's probabilities, one call for all candidates. Raises DoorFault as `_candidates`."""
+        budget_ms = rank_budget_ms(timer.deadline_ms, timer.spent_ms())
+        given = self._leave(self._ranker_circuit, budget_ms)
+        try:
+            probabilities = await self._ranker.probabilities(sparse, dense, budget_ms / 1000.0)
+        except DoorFault as fault:
+            self._failed(self._ranker_circuit, given, fault, Stage.RANK, budget_ms)
+            raise
+        except BaseException:
+            self._ranker_circuit.abandoned(given)
+            raise
+        if self._ranker_circuit.succeeded():
+            _logger.info("the ranker is back")
+        return probabilities
+
+    def _leave(self, circuit: Circuit, budget_ms: float) -> Leave:
+        """Leave to call. Raises DoorFault when there is no time for it, or the neighbour is known to be lost."""
+        if budget_ms < WORTH_TRYING_MS:
+            raise DoorFault(Reason.NO_TIME, "the deadline leaves no time")
+        given = circuit.leave(self._clock.now_s())
+        if given is Leave.NO:
+            raise DoorFault(circuit.reason or Reason.NO_TIME, "not called while its circuit is open")
+        return given
+
+    def _failed(self, circuit: Circuit, given: Leave, fault: DoorFault, stage: Stage, budget_ms: float) -> None:
+        self._on_fault(fault.reason)
+        hasty = fault.reason in {Reason.RANKER_LATE, Reason.RETRIEVAL_LATE} and not counts_as_late(stage, budget_ms)
+        if hasty:
+            circuit.abandoned(given)
+        elif circuit.failed(fault.reason, given, self._clock.now_s()):
+            _logger.warning("a neighbour is lost", reason=fault.reason.value, fault=fault.detail)
+
+    def _usable(self, answer: CandidatesAnswer) -> Candidates:
+        """The answer as arrays, held against the bundle. Raises DoorFault for what must not be used."""
+        if answer.bundle != self.bundle.id:
+            detail = f"retrieval answered from bundle {answer.bundle[:12]!r}, this gateway serves {self.bundle.short}"
+            raise DoorFault(Reason.RETRIEVAL_OTHER_BUNDLE, detail)
+        try:
+            candidates = Candidates(
+                items=np.array(answer.items, dtype=np.int32),
+                scores=np.array(answer.scores, dtype=np.float32),
+                ann=np.array(answer.ann, dtype=np.float32),
+                source=np.array(answer.source, dtype=np.int32),
+            )
+        except OverflowError:
+            raise DoorFault(Reason.RETRIEVAL_FAULT, "retrieval answered indices beyond any catalogue") from None
+        items, source = candidates.items, candidates.source
+        sound = not len(items) or (
+            items.min() > PAD
+            and items.max() < len(self.bundle.item_ids)
+            and source.min() >= 0
+            and source.max() < len(SOURCES)
+            and np.isfinite(candidates.scores).all()
+            and np.isfinite(candidates.ann).all()
+        )
+        if not sound:
+            raise DoorFault(Reason.RETRIEVAL_FAULT, "retrieval answered items or scores that the bundle cannot hold")
+        return candidates
+
+    def _obey_rules(self, question: Question, course: Course) -> list[RankedItem]:
+        ranked = course.candidates.items
+        shown = rules.showable(self._in_stock, question.exclude)
+        places = rules.choose(ranked, question.k, shown, self.tables.category if question.varied else None)
+        chosen = ranked[places]
+        ids = self.bundle.item_ids
+        answer = [
+            RankedItem(item=ids[item], score=round(score, 6), source=SOURCES[source])
+            for item, score, source in zip(
+                chosen.tolist(),
+                course.scores[places].tolist(),
+                course.candidates.source[places].tolist(),
+                strict=True,
+            )
+        ]
+        if len(answer) < question.k:
+            filled = rules.fill(chosen, question.k, self._traditional.popular, shown)
+            last = min(answer[-1].score, 0.0) if answer else 0.0
+            answer += [RankedItem(item=ids[item], score=last, source="popular") for item in filled.tolist()]
+        return answer
+
+
+def _ordered(candidates: Candidates, order: npt.NDArray[np.intp]) -> Candidates:
+    return Candidates(
+        items=candidates.items[order],
+        scores=candidates.scores[order],
+        ann=candidates.ann[order],
+        source=candidates.source[order],
+    )

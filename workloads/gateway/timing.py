@@ -1,0 +1,85 @@
+"""The clock's door, and a request's time by it: since it came in, until its deadline, stage by stage."""
+
+from __future__ import annotations
+
+import time
+from typing import Final, Protocol
+
+from workloads.contract.slo import Stage
+
+_WAITED: Final = (Stage.CANDIDATES.value, Stage.RANK.value)
+
+
+class Clock(Protocol):
+    """What time it is."""
+
+    def now_s(self) -> float:
+        """Seconds on a clock that does not go back."""
+        ...
+
+    def wall_ms(self) -> int:
+        """Milliseconds since 1970, UTC."""
+        ...
+
+
+class SystemClock:
+    """The machine's."""
+
+    now_s = staticmethod(time.perf_counter)
+
+    @staticmethod
+    def wall_ms() -> int:
+        """See `Clock`."""
+        return time.time_ns() // 1_000_000
+
+
+class FakeClock:
+    """Stands still unless somebody sleeps by it, or lets it run."""
+
+    def __init__(self, wall_ms: int) -> None:
+        self._passed_s = 0.0
+        self._wall_ms = wall_ms
+
+    def now_s(self) -> float:
+        """See `Clock`."""
+        return self._passed_s
+
+    def wall_ms(self) -> int:
+        """See `Clock`."""
+        return self._wall_ms + round(self._passed_s * 1000)
+
+    def run(self, seconds: float) -> None:
+        """Let time pass."""
+        self._passed_s += seconds
+
+    async def sleep(self, seconds: float) -> None:
+        """What a fake neighbour waits by: time passes, and nobody waits."""
+        self.run(seconds)
+
+
+class Timer:
+    """One request's time; it starts when it is made. A stage may be timed in several pieces."""
+
+    def __init__(self, clock: Clock, deadline_ms: float) -> None:
+        self._now_s = clock.now_s
+        self._start_s = self._lap_s = clock.now_s()
+        self.deadline_ms = deadline_ms
+        self.stages_ms: dict[str, float] = {}
+
+    def spent_ms(self) -> float:
+        """Since the start."""
+        return (self._now_s() - self._start_s) * 1000.0
+
+    def left_ms(self) -> float:
+        """Until the deadline; below 0 after it."""
+        return self.deadline_ms - self.spent_ms()
+
+    def lap(self, stage: Stage) -> None:
+        """What passed since the last lap belongs to `stage`."""
+        now = self._now_s()
+        self.stages_ms[stage.value] = self.stages_ms.get(stage.value, 0.0) + (now - self._lap_s) * 1000.0
+        self._lap_s = now
+
+    def waited_ms(self) -> float:
+        """Spent in the stages that call a neighbour; the rest is the gateway's own time."""
+        return sum(self.stages_ms.get(stage, 0.0) for stage in _WAITED)
