@@ -19,7 +19,8 @@ from botocore.config import Config
 from botocore.exceptions import ClientError
 
 from infra import config, stackfile
-from infra.emulator import ENVIRONMENT, ROOT, STACK, Emulator, EmulatorError, throw_away_secrets
+from infra.emulator import ENVIRONMENT, ROOT, STACK, Emulator, EmulatorError, project, throw_away_secrets
+from infra.emulator.__main__ import main as emulator_command
 from infra.plan import FaultsError
 from infra.recording import Recording
 from infra.rules import foundation as rules
@@ -403,3 +404,40 @@ def test_the_compose_file_runs_the_locked_version():
     compose = yaml.safe_load((ROOT / "infra" / "emulator" / "compose.yaml").read_text())
     version = compose["services"]["localstack"]["image"].rpartition(":")[2]
     assert f"localstack-core[runtime]=={version}\n" in (ROOT / "requirements" / "localstack.in").read_text()
+
+
+# The copy of the project that the engine works on
+
+
+def test_the_project_is_copied_with_its_stack_pointed_at_the_emulator(tmp_path: Path):
+    directory = tmp_path / "project"
+    before = (stackfile.STACKS / f"Pulumi.{STACK}.yaml").read_text()
+    copy = project(directory, "http://127.0.0.1:4999", virtualenv=tmp_path / "venv")
+    settings = yaml.safe_load((directory / "Pulumi.yaml").read_text())
+    assert settings["main"] == "infra"
+    assert settings["runtime"]["options"]["virtualenv"] == str(tmp_path / "venv")
+    values = stackfile.values(STACK, directory / settings["stackConfigDir"])
+    read = config.read(STACK, values | dict(copy.secrets), frozenset(copy.secrets))
+    assert read.emulator is not None
+    assert read.emulator.endpoint == "http://127.0.0.1:4999"
+    assert (directory / "infra" / "__main__.py").exists()
+    assert copy.environment["PULUMI_BACKEND_URL"].startswith("file:///")
+    assert (stackfile.STACKS / f"Pulumi.{STACK}.yaml").read_text() == before
+
+
+def test_the_local_stack_differs_from_prod_in_its_stack_file_only():
+    assert STACK in {p.name.removeprefix("Pulumi.").removesuffix(".yaml") for p in stackfile.STACKS.iterdir()}
+    named = [p for p in (ROOT / "infra").rglob("*.py") if "foundation-local" in p.read_text()]
+    program = {"foundation.py", "aws.py", "storage.py", "identity.py", "onprem.py", "component.py", "__main__.py"}
+    assert not [p for p in named if p.name in program]
+
+
+def test_without_the_cli_local_up_says_so_in_one_line(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    code = emulator_command(["up", "--home", str(emulator.home), "--port", str(emulator.port)])
+    assert code == 1
+    assert capsys.readouterr().out == (
+        f"LocalStack answers at {emulator.endpoint}; for the foundation on it, install the pulumi CLI\n"
+    )
