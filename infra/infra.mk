@@ -32,7 +32,7 @@ policy-venv: setup ## the policy pack's own environment: pulumi preview --policy
 	@$(UV) pip sync --quiet --require-hashes --python policy/.venv/bin/python requirements/policy.txt
 	@$(UV) pip install --quiet --no-deps --no-build-isolation --python policy/.venv/bin/python --editable .
 
-preview-rules: setup ## judge a preview: pulumi preview --json | make preview-rules
+preview-rules: setup ## judge a preview: pulumi preview --json --show-sames | make preview-rules
 	@$(BIN)/python -m infra.rules.preview
 
 lock-infra: setup ## resolve requirements/{localstack,policy}.in anew, with hashes

@@ -1,4 +1,6 @@
-"""Judges a `pulumi preview --json`: `pulumi preview --json | python -m infra.rules.preview`.
+"""Judges a `pulumi preview --json`: `pulumi preview --json --show-sames | python -m infra.rules.preview`.
+
+Without `--show-sames` the engine leaves out what does not change, and rules about several resources would judge a part.
 
 Exit code 0 when every resource holds to every rule, 1 with one line for each that does not (or when there is none),
 2 for input that is no preview.
@@ -36,6 +38,12 @@ def resources(document: Mapping[str, Any]) -> list[Resource]:
     return list(found.values())
 
 
+def unseen(document: Mapping[str, Any]) -> int:
+    """How many unchanged resources the engine counted and did not print."""
+    counted = (document.get("changeSummary") or {}).get("same", 0)
+    return max(0, int(counted) - sum(step["op"] == "same" for step in document["steps"]))
+
+
 def _value(value: Any) -> Value:  # noqa: ANN401 -- JSON
     if value == _UNKNOWN:
         return UNKNOWN
@@ -52,9 +60,12 @@ def main(arguments: Sequence[str]) -> int:
     """Read a preview from the file named, or from standard input."""
     try:
         document = json.loads(Path(arguments[0]).read_text() if arguments else sys.stdin.read())
-        declared = resources(document)
+        declared, left_out = resources(document), unseen(document)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         sys.stderr.write(f"no `pulumi preview --json` document: {type(error).__name__}\n")
+        return 2
+    if left_out:
+        sys.stderr.write(f"{left_out} unchanged resources are left out: run pulumi preview --json --show-sames\n")
         return 2
     violations = evaluate(RULES, declared)
     for violation in violations:

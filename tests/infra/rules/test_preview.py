@@ -80,6 +80,20 @@ def test_what_is_deleted_is_not_judged():
     )
 
 
+def test_a_preview_without_its_unchanged_resources_is_not_judged(
+    recorded: Callable[..., Recording], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    whole = document(recorded("foundation-prod", preview=True))
+    for step in whole["steps"]:
+        step["op"] = "same"
+    path = tmp_path / "preview.json"
+    path.write_text(json.dumps({**whole, "changeSummary": {"same": len(whole["steps"])}}))
+    assert preview.main([str(path)]) == 0
+    path.write_text(json.dumps({"steps": whole["steps"][:1], "changeSummary": {"same": len(whole["steps"])}}))
+    assert preview.main([str(path)]) == 2
+    assert "--show-sames" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"steps": [1]}', "nonsense"])
 def test_what_is_no_preview_is_exit_code_two(tmp_path: Path, text: str):
     path = tmp_path / "x.json"
