@@ -41,7 +41,8 @@ def resources(document: Mapping[str, Any]) -> list[Resource]:
 def unseen(document: Mapping[str, Any]) -> int:
     """How many unchanged resources the engine counted and did not print."""
     counted = int((document.get("changeSummary") or {}).get("same", 0))
-    return max(0, counted - sum(step["op"] == "same" for step in document["steps"]))
+    printed = [step for step in document["steps"] if step["op"] == "same"]
+    return max(0, counted - len(printed))
 
 
 def _value(value: Any) -> Value:  # noqa: ANN401 -- JSON
