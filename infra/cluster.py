@@ -5,8 +5,9 @@ SSH command (on-prem, `infra.onprem`) or are fetched by the node's own role (clo
 by a serialiser, so that no value can end a line early.
 
 Sources: k3s documentation, "Server/Agent configuration reference", "CIS hardening guide", "Air-gap install" and
-"NVIDIA container runtime"; flannel's Documentation/backends.md (the vxlan backend's MTU is that of the outer packet);
-Amazon EC2 Auto Scaling, "Retrieve the target lifecycle state through instance metadata".
+"NVIDIA container runtime"; cloud-provider-aws, "Credential Provider"; flannel's Documentation/backends.md (the vxlan
+backend's MTU is that of the outer packet); Amazon EC2 Auto Scaling, "Retrieve the target lifecycle state through
+instance metadata".
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ ADMISSION: Final = "/etc/rancher/k3s/admission.yaml"
 AUDIT: Final = "/etc/rancher/k3s/audit.yaml"
 SERVER_TOKEN: Final = "/etc/rancher/k3s/server-token"  # noqa: S105 -- a path
 AGENT_TOKEN: Final = "/etc/rancher/k3s/agent-token"  # noqa: S105 -- a path
+CREDENTIALS: Final = "/var/lib/rancher/credentialprovider"
+"""Where k3s looks for the kubelet's credential providers, and for their configuration."""
 SYSCTL: Final = "/etc/sysctl.d/90-kubelet.conf"
 AIRGAP: Final = "/var/lib/rankbridge/k3s"
 """Where an operator puts the binary and the image archive of an air-gapped host."""
@@ -350,7 +353,7 @@ class JoinFacts:
     token_secret: str
     """Name of the agent token in Secrets Manager; the node reads it with its own role."""
     artefacts: str
-    """Bucket that holds `k3s/<version>/k3s`."""
+    """Bucket that holds, under `k3s/<version>/`, k3s, its image archive and `ecr-credential-provider`."""
     aws_endpoint: str | None = None
     """Only where AWS is an emulator."""
 
@@ -375,6 +378,23 @@ def gpu_config(config: FoundationConfig, site: Site, group: NodeGroup) -> dict[s
     }
 
 
+def registry_credentials() -> File:
+    """How a cloud node's kubelet logs in to ECR: by its role, through a provider beside the kubelet."""
+    document = {
+        "apiVersion": "kubelet.config.k8s.io/v1",
+        "kind": "CredentialProviderConfig",
+        "providers": [
+            {
+                "name": "ecr-credential-provider",
+                "apiVersion": "credentialprovider.kubelet.k8s.io/v1",
+                "matchImages": ["*.dkr.ecr.*.amazonaws.com"],
+                "defaultCacheDuration": "12h",
+            }
+        ],
+    }
+    return File(f"{CREDENTIALS}/config.yaml", to_yaml(document))
+
+
 def environment(config: FoundationConfig, facts: JoinFacts) -> str:
     """The join script's environment file."""
     values = {
@@ -397,6 +417,7 @@ def user_data(config: FoundationConfig, site: Site, group: NodeGroup, facts: Joi
         File(CONFIG, to_yaml(gpu_config(config, site, group))),
         flannel(config),
         kernel(),
+        registry_credentials(),
         File("/etc/rankbridge/join.env", environment(config, facts)),
         File(JOIN_SCRIPT_PATH, JOIN_SCRIPT, "0755"),
         File("/etc/systemd/system/k3s-agent.service", unit(HostRole.AGENT), "0644"),
@@ -463,8 +484,21 @@ nvidia-smi --list-gpus
 is_k3s() {
     echo "$RB_K3S_SHA256  $1" | sha256sum -c - >/dev/null 2>&1
 }
+artefact() {
+    aws s3 cp --only-show-errors "s3://$RB_ARTEFACTS/k3s/$RB_K3S_VERSION/$1" "$2"
+}
+# Without these no pod starts: the sandbox's image is on Docker Hub, ours are in ECR, and both want more than a role.
+images=/var/lib/rancher/k3s/agent/images/k3s-airgap-images-amd64.tar.zst
+provider=/var/lib/rancher/credentialprovider/bin/ecr-credential-provider
+mkdir -p "${images%/*}" "${provider%/*}"
+if ! [ -x "$provider" ]; then
+    artefact "${images##*/}" "$images"
+    artefact "${provider##*/}" "$provider.new"
+    chmod 0755 "$provider.new"
+    mv "$provider.new" "$provider"
+fi
 if ! is_k3s /usr/local/bin/k3s; then
-    aws s3 cp --only-show-errors "s3://$RB_ARTEFACTS/k3s/$RB_K3S_VERSION/k3s" /usr/local/bin/k3s.new
+    artefact k3s /usr/local/bin/k3s.new
     is_k3s /usr/local/bin/k3s.new
     chmod 0755 /usr/local/bin/k3s.new
     mv /usr/local/bin/k3s.new /usr/local/bin/k3s

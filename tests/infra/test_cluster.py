@@ -123,6 +123,65 @@ def test_no_value_ends_a_line_of_user_data_early(prod: FoundationConfig, text: s
         assert ran.stdout.decode() == text
 
 
+def test_a_node_without_internet_gets_its_images_and_its_login_to_ecr_before_it_joins(
+    prod: FoundationConfig, tmp_path: Path
+):
+    """The join script runs for real, in a root of its own, with AWS and systemd replaced by recorders."""
+    root, bin_, calls = tmp_path / "root", tmp_path / "bin", tmp_path / "calls"
+    bucket = tmp_path / "bucket"
+    for directory in (root / "usr/local/bin", root / "etc/rancher/k3s", bin_, bucket):
+        directory.mkdir(parents=True)
+    for name in ("k3s", "k3s-airgap-images-amd64.tar.zst", "ecr-credential-provider"):
+        (bucket / name).write_text(name)
+    fakes = {
+        "aws": f'case "$1 $2" in "s3 cp") cp {bucket}/"${{4##*/}}" "$5";; *) echo token;; esac',
+        "curl": "echo InService",
+        "nvidia-ctk": ":",
+        "nvidia-smi": ":",
+        "systemctl": ":",
+    }
+    for name, body in fakes.items():
+        (bin_ / name).write_text(f'#!/bin/sh\necho {name} "$@" >>{calls}\n{body}\n')
+        (bin_ / name).chmod(0o755)
+    script = cluster.JOIN_SCRIPT
+    for prefix in ("/etc/", "/usr/local/bin/", "/var/lib/"):
+        script = script.replace(prefix, f"{root}{prefix}")
+    environment = {
+        "PATH": f"{bin_}:/usr/bin:/bin",
+        "RB_K3S_SHA256": hashlib.sha256(b"k3s").hexdigest(),
+        **{f"RB_{name}": "x" for name in ("GROUP", "LAUNCH_HOOK", "TOKEN_SECRET", "ARTEFACTS", "K3S_VERSION")},
+    }
+
+    def run() -> tuple[int, list[str]]:
+        calls.write_text("")
+        done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, check=False)
+        return done.returncode, calls.read_text().splitlines()
+
+    code, first = run()
+    assert code == 0
+    images = root / "var/lib/rancher/k3s/agent/images/k3s-airgap-images-amd64.tar.zst"
+    provider = root / cluster.CREDENTIALS.lstrip("/") / "bin" / "ecr-credential-provider"
+    assert images.exists()
+    assert provider.stat().st_mode & 0o777 == 0o755
+    copied = [i for i, call in enumerate(first) if call.startswith("aws s3 cp")]
+    assert len(copied) == 3
+    assert max(copied) < first.index("systemctl restart k3s-agent")
+    assert any("--lifecycle-action-result CONTINUE" in call for call in first)
+    code, again = run()
+    assert code == 0
+    assert not [call for call in again if call.startswith("aws s3 cp")]
+    provider.unlink()
+    (bucket / "ecr-credential-provider").unlink()
+    code, failed = run()
+    assert code != 0
+    assert any("--lifecycle-action-result ABANDON" in call for call in failed)
+    assert "systemctl restart k3s-agent" not in failed
+    # The provider's name in the kubelet's configuration is its file's.
+    files = {f["path"]: f["content"] for f in yaml.safe_load(user_data(prod))["write_files"]}
+    (declared,) = yaml.safe_load(files[f"{cluster.CREDENTIALS}/config.yaml"])["providers"]
+    assert declared["name"] == provider.name
+
+
 def check_shell(path: Path, shell: str) -> None:
     parsed = subprocess.run([shell, "-n", str(path)], capture_output=True, text=True, check=False)
     assert parsed.returncode == 0, parsed.stderr
