@@ -27,11 +27,11 @@ JOIN_SECONDS: Final = 900
 DRAIN_SECONDS: Final = 300
 
 EVENTS: Final[Mapping[str, tuple[str, str]]] = {
-    "spot-interruption": ("aws.ec2", "EC2 Spot Instance Interruption Warning"),
+    "spot-notice": ("aws.ec2", "EC2 Spot Instance Interruption Warning"),
     "rebalance": ("aws.ec2", "EC2 Instance Rebalance Recommendation"),
     "terminating": ("aws.autoscaling", "EC2 Instance-terminate Lifecycle Action"),
 }
-"""Notices that reach the queue, by the name of their rule."""
+"""Notices that reach the queue, by the end of their rule's name: AWS takes 64 characters with environment and site."""
 
 
 def token_secret_name(scope: Scope, site: str) -> str:
@@ -510,7 +510,8 @@ class Nodes(pulumi.ComponentResource):
                 # A new node first, then an old one goes: GPUs that serve are never fewer than wanted.
                 min_healthy_percentage=100,
                 max_healthy_percentage=150,
-                auto_rollback=True,
+                # AWS cannot roll back to a template whose image is an SSM parameter, and refuses to promise it.
+                auto_rollback=group.image_id is not None,
                 instance_warmup="300",
                 skip_matching=True,
             ),
@@ -600,7 +601,7 @@ class Nodes(pulumi.ComponentResource):
             ],
             block_device_mappings=[
                 aws.ec2.LaunchTemplateBlockDeviceMappingArgs(
-                    device_name="/dev/sda1",
+                    device_name=group.root_device,
                     ebs=aws.ec2.LaunchTemplateBlockDeviceMappingEbsArgs(
                         volume_type="gp3",
                         volume_size=group.volume_gib,

@@ -163,6 +163,12 @@ class NodeGroup:
         """Whether the group buys several types or spot."""
         return self.warm_pool == 0
 
+    @property
+    def root_device(self) -> str:
+        """The image's root volume: under another name a second volume would be made, and the root left unencrypted."""
+        amazon_linux = re.search(r"al2023|amazon-linux", self.image_parameter or "")
+        return "/dev/xvda" if amazon_linux else "/dev/sda1"
+
 
 @dataclasses.dataclass(frozen=True)
 class K3s:
@@ -329,7 +335,7 @@ def read(
     onprem = _onprem(root, sites)
     storage = _storage(root, tuple(regions.values()), emulator)
     identity = _identity(root, emulator)
-    repositories = root.texts("repositories", r"[a-z][a-z0-9-]{1,40}", "a list of different image names")
+    repositories = root.texts("repositories", r"[a-z][a-z0-9-]{0,39}[a-z0-9]", "a list of different image names")
     alarms = _alarms(root, emulator)
     root.finish()
 

@@ -107,6 +107,7 @@ BAD: list[tuple[str, Any, str, str]] = [
     ("vpn.verify_xml", False, "vpn.verify_xml", "only an emulator"),
     ("vpn.attach", "wire", "vpn.attach", "transit-gateway"),
     ("node_groups.0.types", ["z9.huge"], "node_groups[0].types", "of the table gpu_types: g6.xlarge"),
+    ("repositories", ["gateway-"], "repositories", "image names"),
     ("node_groups.0.types", [], "node_groups[0].types", "at least one"),
     ("node_groups.1.spot_percent", 101, "node_groups[1].spot_percent", "0 to 100"),
     ("node_groups.1.spot_percent", -1, "node_groups[1].spot_percent", "0 to 100"),

@@ -213,7 +213,7 @@ def test_each_notice_matches_the_pattern_of_its_rule_only(client: Client, local:
     patterns = {r.name: r.inputs["eventPattern"] for r in local.of("aws:cloudwatch/eventRule:EventRule")}
     group = local.one(rules.GROUP, "aws-gpu").inputs["name"]
     for name, source, kind, detail in (
-        ("aws-spot-interruption", "aws.ec2", "EC2 Spot Instance Interruption Warning", {"instance-id": "i-1"}),
+        ("aws-spot-notice", "aws.ec2", "EC2 Spot Instance Interruption Warning", {"instance-id": "i-1"}),
         ("aws-rebalance", "aws.ec2", "EC2 Instance Rebalance Recommendation", {"instance-id": "i-1"}),
         (
             "aws-terminating",

@@ -11,6 +11,7 @@ from typing import Any
 import pulumi
 import pytest
 import yaml
+from botocore.session import Session
 
 from infra import config, outputs, recording
 from infra.iam import DataClass, Role
@@ -203,6 +204,73 @@ def test_the_autoscaler_knows_a_group_while_it_is_empty(recorded: Record):
 def test_the_image_is_found_through_its_ssm_parameter(recorded: Record):
     image = recorded("foundation-prod").one(rules.TEMPLATE, "aws-gpu-base").inputs["imageId"]
     assert image.startswith("resolve:ssm:/aws/service/deeplearning/ami/")
+
+
+def test_a_refresh_promises_a_rollback_only_where_aws_can_roll_back(recorded: Record):
+    promised = {
+        stack: [g.inputs["instanceRefresh"]["preferences"]["autoRollback"] for g in recorded(stack).of(rules.GROUP)]
+        for stack in ("foundation-prod", "foundation-local")
+    }
+    # An image by SSM parameter in prod, by id in local.
+    assert promised == {"foundation-prod": [False, False], "foundation-local": [True]}
+
+
+@pytest.mark.parametrize(("system", "device"), [("al2023", "/dev/xvda"), ("ubuntu-22.04", "/dev/sda1")])
+def test_the_encrypted_volume_is_the_images_root(filled: Fill, system: str, device: str):
+    def edit(values: dict[str, Any]) -> None:
+        for group in values["node_groups"]:
+            group["image_parameter"] = (
+                f"/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-{system}/latest"
+            )
+
+    templates = recording.record("foundation-prod", *filled("foundation-prod", edit), preview=True).of(rules.TEMPLATE)
+    assert templates
+    for template in templates:
+        (mapping,) = template.inputs["blockDeviceMappings"]
+        assert mapping["deviceName"] == device
+        assert mapping["ebs"]["encrypted"] == "true"
+
+
+NAMED = {
+    "aws:cloudwatch/eventRule:EventRule": ("events", "RuleName"),
+    "aws:cloudwatch/metricAlarm:MetricAlarm": ("cloudwatch", "AlarmName"),
+    "aws:autoscaling/group:Group": ("autoscaling", "XmlStringMaxLen255"),
+    "aws:ec2/launchTemplate:LaunchTemplate": ("ec2", "LaunchTemplateName"),
+    "aws:ecr/repository:Repository": ("ecr", "RepositoryName"),
+    "aws:iam/instanceProfile:InstanceProfile": ("iam", "instanceProfileNameType"),
+    "aws:iam/role:Role": ("iam", "roleNameType"),
+    "aws:kms/alias:Alias": ("kms", "AliasNameType"),
+    "aws:rolesanywhere/profile:Profile": ("rolesanywhere", "ResourceName"),
+    "aws:secretsmanager/secret:Secret": ("secretsmanager", "NameType"),
+}
+LENGTHS = {"aws:s3/bucket:Bucket": 63, "aws:sqs/queue:Queue": 80}
+"""What AWS's own models leave out."""
+
+
+def test_the_longest_names_that_a_stack_may_have_are_not_too_long_for_aws(filled: Fill):
+    longest = "a" * 20
+
+    def edit(values: dict[str, Any]) -> None:
+        (cloud,) = [s for s in values["sites"] if s["kind"] == "cloud"]
+        cloud["name"] = longest
+        values["vpn"]["inside"] = {f"onprem-{longest}": next(iter(values["vpn"]["inside"].values()))}
+        for number, group in enumerate(values["node_groups"]):
+            group |= {"site": longest, "name": f"{number:a>20}"}
+
+    values, _ = filled("foundation-prod", edit)
+    values |= {f"rankbridge:psk-onprem-{longest}-{n}": f"x{n}" * 16 for n in (1, 2)}
+    secrets = frozenset(k for k in values if k.partition(":")[2].startswith(("psk-", "k3s-", "ssh-")))
+    run = recording.record(f"foundation-{longest}", values, secrets, preview=True)
+    session = Session()
+    limits = {t: session.get_service_model(s).shape_for(n).metadata["max"] for t, (s, n) in NAMED.items()} | LENGTHS
+    seen = 0
+    for resource in run.resources:
+        if resource.type in limits:
+            name = resource.inputs["bucket" if resource.type.startswith("aws:s3/") else "name"]
+            assert len(name) <= limits[resource.type], (resource.type, name)
+            seen += 1
+    assert {r.type for r in run.resources} >= set(limits)
+    assert seen > 40
 
 
 def test_user_data_holds_no_token_and_says_where_it_is(recorded: Record, filled: Fill):
