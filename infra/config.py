@@ -530,6 +530,10 @@ def _inside(vpn: Reader, sites: Sequence[Site]) -> dict[str, tuple[IPv4Network, 
     """The tunnels' inside ranges by link; a key for each link and no other."""
     section = vpn.section("inside")
     expected = [vpn_plan.link_name(p, c) for p, c in vpn_plan.pairs(sites)]
+    vpn.faults += plan.repeated(
+        [("sites", name) for name in expected],
+        "sites whose names give each link another name when joined",
+    )
     inside: dict[str, tuple[IPv4Network, IPv4Network]] = {}
     keyed: list[tuple[str, IPv4Network]] = []
     given = section.keys()
@@ -590,6 +594,9 @@ def _node_groups(root: Reader, regions: Mapping[str, str], clouds: Sequence[Clou
         entry.finish()
         groups.append(NodeGroup(name, site, types, minimum, maximum, base, spot, warm_pool, volume, parameter, image))
     root.faults += plan.repeated(keyed, "a name of its own")
+    # Hyphens join names and may be in them: aws + eu-gpu is aws-eu + gpu.
+    joined = [(key, f"{group.site}-{group.name}") for (key, _), group in zip(keyed, groups, strict=True) if group.name]
+    root.faults += plan.repeated(joined, "a name that differs from every other with its site before it")
     for cloud in clouds:
         wanted = sum(g.maximum + g.warm_pool for g in groups if g.site == cloud.site.name)
         room = sum(s.usable for s in plan.vpc_plan(cloud.site).private)

@@ -162,6 +162,26 @@ def test_types_with_different_gpu_counts_do_not_mix(filled: Fill):
     assert [f.key for f in faults_of(filled, edit)] == ["node_groups[1].types"]
 
 
+def test_names_that_become_one_when_joined_are_refused(filled: Fill):
+    """Hyphens join a site's name with a group's and two sites' with each other, and may be in each."""
+
+    def edit(decoded: dict[str, Any]) -> None:
+        second = {"region": "eu-west-1", "zones": ["eu-west-1a", "eu-west-1b"]}
+        decoded["sites"] += [
+            {"name": "aws-gpu", "kind": "cloud", "cidr": "10.60.0.0/16", "asn": 64999, **second},
+            {"name": "onprem-aws", "kind": "edge", "cidr": "10.50.0.0/24", "asn": 64998, "router": "203.0.113.9"},
+            {"name": "gpu", "kind": "cloud", "cidr": "10.70.0.0/16", "asn": 64997, **second},
+        ]
+        decoded["gpu_types"]["g6.xlarge"]["regions"].append("eu-west-1")
+        first = decoded["node_groups"][0]
+        decoded["node_groups"].append({**first, "name": "base", "site": "aws-gpu", "types": ["g6.xlarge"]})
+        assert (first["site"], first["name"]) == ("aws", "gpu-base")
+
+    said = [(f.key, f.value) for f in faults_of(filled, edit)]
+    assert ("node_groups[2].name", "aws-gpu-base") in said
+    assert ("sites", "onprem-aws-gpu") in said
+
+
 def test_all_mistakes_come_in_one_message(filled: Fill):
     def edit(decoded: dict[str, Any]) -> None:
         put("sites.1.asn", 65010)(decoded)
