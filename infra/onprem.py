@@ -55,6 +55,8 @@ class OnPrem(pulumi.ComponentResource):
                 connection=self._connection(first),
                 create=f"sudo -n cat {KUBECONFIG}",
                 logging=command.remote.Logging.NONE,
+                # Or an update would hand the old kubeconfig to the next shell as an environment variable.
+                add_previous_output_in_env=False,
                 triggers=[args.config.k3s.version, str(args.config.k3s.api)],
                 opts=ResourceOptions(
                     parent=self, depends_on=servers[:1], additional_secret_outputs=["stdout", "stderr"]
@@ -98,6 +100,7 @@ class OnPrem(pulumi.ComponentResource):
             create="sudo -n sh -s",
             stdin=hidden,
             logging=command.remote.Logging.NONE,
+            add_previous_output_in_env=False,
             opts=ResourceOptions(
                 parent=self, depends_on=list(after), additional_secret_outputs=["stdout", "stderr", "stdin"]
             ),

@@ -426,6 +426,12 @@ def test_agents_never_get_the_server_token(recorded: Record, filled: Fill):
     assert token not in run.one("command:remote:Command", "home-worker-1").plain("stdin")
 
 
+def test_what_a_host_printed_is_neither_logged_nor_sent_back_to_it(recorded: Record):
+    commands = recorded("foundation-prod").of("command:remote:Command")
+    assert commands
+    assert {(c.inputs["logging"], c.inputs["addPreviousOutputInEnv"]) for c in commands} == {("none", False)}
+
+
 def test_without_hosts_nothing_is_installed_and_there_is_no_kubeconfig(recorded: Record):
     run = recorded("foundation-local")
     assert not run.of("command:remote:Command")
