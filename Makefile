@@ -13,7 +13,7 @@ ARGS ?=
 
 BIN := .venv/bin
 UV := .tools/uv/bin/uv
-PARTS := rankbridge loadtests workloads tests
+PARTS := rankbridge infra policy loadtests workloads tests
 
 .PHONY: help setup rehearse test check format bench lock clean distclean system-tools acceptance
 
@@ -65,3 +65,5 @@ clean: ## stop every process, remove state and results; keeps the environments
 
 distclean: clean ## as clean, and remove the environments too
 	@rm -rf .venv .tools
+
+include infra/infra.mk

@@ -20,10 +20,11 @@ class SiteName(enum.StrEnum):
 
 
 class SiteKind(enum.StrEnum):
-    """Home holds behaviour data and the pseudonym key; a cloud site never sees either."""
+    """Home holds behaviour data and the pseudonym key; a cloud or edge site never sees either."""
 
     HOME = "home"
     CLOUD = "cloud"
+    EDGE = "edge"
 
 
 class SiteClass(enum.StrEnum):

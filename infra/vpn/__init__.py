@@ -1,0 +1,1 @@
+"""The IPsec connections between private sites and cloud sites: planned, declared, rendered for the private router."""
