@@ -214,7 +214,7 @@ def _check_faiss(bundle: Path, name: str, features: FeatureSchema) -> None:
 def _check_onnx(bundle: Path, name: str, _features: FeatureSchema) -> None:
     # Late: only who verifies needs them.
     import onnx  # noqa: PLC0415
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # noqa: PLC0415 - no stubs locked
+    from google.protobuf.message import DecodeError  # noqa: PLC0415 - as above
 
     try:
         model = onnx.load(bundle / name, load_external_data=False)
@@ -271,9 +271,10 @@ def _tensor_fault(value: onnx.ValueInfoProto, spec: TensorSpec) -> str | None:
     code = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(spec.dtype))
     if tensor.elem_type != code:
         return f"is {onnx.TensorProto.DataType.Name(tensor.elem_type)}; the contract has {spec.dtype}"
-    batch, *rest = tensor.shape.dim or [None]
-    if batch is None or batch.HasField("dim_value"):
+    axes = list(tensor.shape.dim)
+    if not axes or axes[0].HasField("dim_value"):
         return "has no free batch axis"
+    rest = axes[1:]
     if tuple(axis.dim_value for axis in rest) != spec.shape:
         return f"has the shape {[axis.dim_value for axis in rest]} after the batch; the contract has {list(spec.shape)}"
     return None

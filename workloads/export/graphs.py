@@ -69,7 +69,13 @@ def _plain(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
     graph.name, graph.doc_string = name, ""
     del graph.metadata_props[:]
     del graph.value_info[:]  # shapes of what is in between; readers infer them
-    for part in (*graph.node, *graph.initializer, *graph.input, *graph.output):
+    parts: tuple[onnx.NodeProto | onnx.TensorProto | onnx.ValueInfoProto, ...] = (
+        *graph.node,
+        *graph.initializer,
+        *graph.input,
+        *graph.output,
+    )
+    for part in parts:
         part.doc_string = ""
         del part.metadata_props[:]
     for value in (*graph.input, *graph.output):
