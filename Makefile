@@ -55,7 +55,7 @@ lock: setup ## resolve requirements/*.in anew, with hashes
 acceptance: setup ## what is promised, on this machine: checks, tests, green and red rehearsals (about 45 min)
 	@.ci/acceptance
 
-system-tools: ## Debian packages that the suites need (root)
+system-tools: infra-tools ## Debian packages that the suites need (root)
 	@if $(PYTHON) -c "import ensurepip, venv" 2>/dev/null; then echo "system tools: nothing is missing"; \
 	else apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq python3-venv; fi
 
