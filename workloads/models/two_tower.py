@@ -37,7 +37,7 @@ class TwoTowerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     category_width: int = 16
     hidden: int = 128
     heads: int = 4
-    id_dropout: float = 0.1
+    id_dropout: float = 0.3
     dropout: float = 0.1
 
 

@@ -323,9 +323,8 @@ class _Run:
         """One fit, saved every few rounds."""
         config = self.config.towers
         rounds = config.refit_rounds if number else config.rounds
-        optimiser = torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
+        rate = config.refit_learning_rate if number else config.learning_rate
+        optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=config.weight_decay, fused=True)
         first = 0
         saved = self.checkpoints.load("towers")
         if saved is not None and saved["slice"] == number:
@@ -341,7 +340,17 @@ class _Run:
         for at in range(first, rounds, CHECKPOINT_ROUNDS):
             end = min(rounds, at + CHECKPOINT_ROUNDS)
             seed = self.config.seed * 1000 + number
-            towers.fit(model, optimiser, data, config, rounds=range(at, end), total=rounds, seed=seed, heard=heard)
+            towers.fit(
+                model,
+                optimiser,
+                data,
+                config,
+                rounds=range(at, end),
+                total=rounds,
+                learning_rate=rate,
+                seed=seed,
+                heard=heard,
+            )
             self.checkpoints.save(
                 "towers",
                 {

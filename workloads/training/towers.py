@@ -30,9 +30,9 @@ ROUND_STEPS = 32
 class TowerTraining(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How long and how fast."""
 
-    rounds: int = 12
+    rounds: int = 8
     """Rounds of ROUND_STEPS steps for the first fit."""
-    refit_rounds: int = 4
+    refit_rounds: int = 3
     """Rounds when the towers move on to a later cut."""
     batch: int = 512
     per_request: int = 4
@@ -40,7 +40,8 @@ class TowerTraining(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     uniform: int = 512
     """Items drawn evenly from the catalogue as further negatives in each step."""
     learning_rate: float = 6e-3
-    weight_decay: float = 1e-3
+    refit_learning_rate: float = 2e-3
+    weight_decay: float = 0.1
     query_batch: int = 256
     query_weight: float = 0.3
     requests: int = 60_000
@@ -78,12 +79,13 @@ def fit(
     *,
     rounds: range,
     total: int,
+    learning_rate: float,
     seed: int,
     heard: Callable[[int, float], None],
 ) -> None:
     """Run the `rounds` out of `total`; each draws from its own seed, so that a resumed fit goes on alike.
 
-    `heard(round, loss)` is called after each. The learning rate falls as a cosine over `total`.
+    `heard(round, loss)` is called after each. `learning_rate` falls as a cosine over `total`.
     """
     age = (data.requests.time_ms.max(initial=0) - data.requests.time_ms) / DAY_MS
     chance = np.exp2(-age / data.half_life_days)
@@ -103,7 +105,7 @@ def fit(
         for step, batch in enumerate(_batches(rows, touched, config.batch, rng)):
             done = (number + step / ROUND_STEPS) / total
             for group in optimiser.param_groups:
-                group["lr"] = config.learning_rate * max(0.02, 0.5 * (1.0 + np.cos(np.pi * done)))
+                group["lr"] = learning_rate * max(0.02, 0.5 * (1.0 + np.cos(np.pi * done)))
             loss = _step_loss(model, data, config, rows=batch, shares=shares, rng=rng)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]  # torch publishes no type for it

@@ -58,7 +58,17 @@ def trained(data: TowerData, *, parts: tuple[range, ...] = (range(2),), seed: in
     model = TwoTower(TwoTowerConfig(items=ITEMS, categories=1))
     optimiser = torch.optim.AdamW(model.parameters(), lr=CONFIG.learning_rate)
     for rounds in parts:
-        fit(model, optimiser, data, CONFIG, rounds=rounds, total=2, seed=seed, heard=lambda _round, _loss: None)
+        fit(
+            model,
+            optimiser,
+            data,
+            CONFIG,
+            rounds=rounds,
+            total=2,
+            learning_rate=CONFIG.learning_rate,
+            seed=seed,
+            heard=lambda _round, _loss: None,
+        )
     model.bake(data.item)
     return model
 
