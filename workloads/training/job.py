@@ -70,7 +70,7 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     slices: int = 3
     """Training slices that the ranker learns from, each with as many events as validation."""
     half_lives_days: tuple[float, ...] = (14.0, 60.0, 365.0)
-    """Tried for the neighbours; the towers take twice the chosen one."""
+    """Tried for the neighbours; the towers look back at most twice as far."""
     towers: TowerTraining = TowerTraining()
     ranker: RankerTraining = RankerTraining()
     choice_requests: int = 400
@@ -316,7 +316,7 @@ class _Run:
             item=item,
             query_tokens=torch.from_numpy(tokens),
             query_items=torch.from_numpy(items),
-            half_life_days=2.0 * self.chosen["half_life_days"],
+            half_life_days=min(self.config.towers.half_life_days, 2.0 * self.chosen["half_life_days"]),
         )
 
     def _fit_slice(self, model: TwoTower, data: TowerData, number: int, done: int, total: int) -> None:

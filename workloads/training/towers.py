@@ -35,7 +35,7 @@ class TowerTraining(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     refit_rounds: int = 3
     """Rounds when the towers move on to a later cut."""
     batch: int = 512
-    per_request: int = 4
+    per_request: int = 2
     """Wanted items drawn of one request at a time, at most."""
     uniform: int = 512
     """Items drawn evenly from the catalogue as further negatives in each step."""
@@ -46,6 +46,8 @@ class TowerTraining(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     query_weight: float = 0.3
     requests: int = 60_000
     """The latest so many requests are read."""
+    half_life_days: float = 60.0
+    """A request this much older than the latest is drawn half as often; less where neighbours fade faster."""
 
 
 @dataclasses.dataclass(frozen=True)
