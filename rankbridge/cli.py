@@ -6,6 +6,7 @@ ready; 130 interrupted, 143 terminated. What a command does is in the other modu
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import time
@@ -389,9 +390,10 @@ def _explain(error: DeskError) -> None:
     for line in error.detail:
         _err.print(f"  | {escape(line)}", style="dim", soft_wrap=True)
     several = error.faults if isinstance(error, ManyFaults) else (error,)
-    for one in several:
-        _err.print(f"[bold red]error:[/] {escape(one.fault)}", soft_wrap=True)
-        _err.print(f"  remedy: {escape(one.remedy)}", soft_wrap=True)
+    for remedy, faults in itertools.groupby(several, key=lambda one: one.remedy):
+        for one in faults:
+            _err.print(f"[bold red]error:[/] {escape(one.fault)}", soft_wrap=True)
+        _err.print(f"  remedy: {escape(remedy)}", soft_wrap=True)
 
 
 def _bug() -> int:

@@ -58,19 +58,19 @@ def rehearsal(layout: Layout, to_start: Iterable[Process], data: Path | None, ou
 
 
 def ports(to_start: Iterable[Process]) -> list[DeskError]:
-    """Whether each socket is free on its own address."""
-    faults = []
+    """Whether each socket is free on its own address. All that are taken share one remedy, to be copied."""
+    faults, taken, ways_out = [], [], {}
     for process in to_start:
         for listener, (address, port) in zip(LISTENERS[process.role], process.sockets, strict=True):
             problem = _cannot_bind(address, port)
             if problem == errno.EADDRINUSE:
-                other = f"--port {listener.value}={port + 1000 if port < 64_000 else port - 1000}"
-                remedy = f"end it (`rankbridge down` if it is ours), or choose another port: {other}"
-                faults.append(DeskError(f"port {address}:{port} is taken{_holder(address, port)}", remedy))
+                taken.append(f"port {address}:{port} is taken{_holder(address, port)}")
+                ways_out[listener] = f"--port {listener.value}={port + 1000 if port < 64_000 else port - 1000}"
             elif problem:
                 remedy = "both sites need loopback addresses in 127.0.0.0/8 on the interface lo"
                 faults.append(DeskError(f"cannot listen at {address}:{port}: {os.strerror(problem)}", remedy))
-    return faults
+    remedy = f"end it (`rankbridge down` if it is ours), or choose another port: {' '.join(ways_out.values())}"
+    return [*(DeskError(fault, remedy) for fault in taken), *faults]
 
 
 def memory(needed_gb: float) -> list[DeskError]:
