@@ -39,6 +39,8 @@ _ROW_NAMES: Final = {
     "popularity_30d": "Popularity, last 30 days",
     "item_knn": "Item-to-item kNN",
     "personal_frequency": "What the person buys most",
+    "fused": "All candidate sources, fused",
+    "traditional": "Traditional: neighbours, then popularity",
     "two_tower": "Two-tower retrieval",
     "ours": "Ours",
     "oracle": "Oracle (knows the planted truth)",
