@@ -263,8 +263,8 @@ class _Run:
         model = TwoTower(TwoTowerConfig(items=self.catalogue.items, categories=len(self.catalogue.categories)))
         starts = self.cuts[:-1]
         total = config.rounds + config.refit_rounds * (len(starts) - 1)
-        requests = self._requests_in(self.anywhere, 0, starts[-1])
-        requests = requests.take(np.arange(max(0, len(requests) - config.requests), len(requests)))
+        first, last = np.searchsorted(self.anywhere.time_ms, (starts[0], starts[-1]))
+        requests = self.anywhere.take(np.arange(max(0, int(first) - config.requests), int(last)))
         inputs = as_tensors(tower_inputs(self.people.states(requests)))
         slices: list[Slice] = []
         for number, cut in enumerate(starts):
@@ -273,13 +273,14 @@ class _Run:
             done = config.rounds + config.refit_rounds * (number - 1) if number else 0
             saved = self.checkpoints.load(f"towers-{number}")
             if saved is None:
-                known = int(np.searchsorted(requests.time_ms, cut))
-                data = self._tower_data(
-                    requests.take(np.arange(known)),
-                    {name: values[:known] for name, values in inputs.items()},
-                    item,
-                    cut,
-                )
+                end = int(np.searchsorted(requests.time_ms, cut))
+                known = np.arange(max(0, end - config.requests), end)
+                if not len(known):
+                    raise DatasetTooSmallError(
+                        "nobody known did anything before the first slice: nothing to learn from"
+                    )
+                user = {name: values[known[0] : end] for name, values in inputs.items()}
+                data = self._tower_data(requests.take(known), user, item, cut)
                 self._fit_slice(model, data, number, done, total)
                 self.checkpoints.save(
                     f"towers-{number}", {"model": model.state_dict(), "curve": self.curves["towers_loss"]}

@@ -45,7 +45,7 @@ class TowerTraining(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     query_batch: int = 256
     query_weight: float = 0.3
     requests: int = 60_000
-    """The latest so many requests are read."""
+    """The latest so many requests before a cut are read."""
     half_life_days: float = 60.0
     """A request this much older than the latest is drawn half as often; less where neighbours fade faster."""
 

@@ -138,6 +138,13 @@ def test_a_finished_run_is_used_again_only_when_asked(finished: Path, dataset: D
     assert (finished / job.FACTS).stat().st_mtime_ns == before
 
 
+def test_each_slice_learns_from_the_latest_requests_before_it(dataset: Dataset, quick: TrainingConfig, tmp_path: Path):
+    """Fewer requests than lie between the first cut and the last: the first slice must not be left without."""
+    replace = msgspec.structs.replace
+    config = replace(quick, towers=replace(quick.towers, requests=60))
+    assert (train(dataset.path, tmp_path, config, Progress(io.StringIO())) / job.FACTS).is_file()
+
+
 # --- the command ----------------------------------------------------------------------------------
 
 
