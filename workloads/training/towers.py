@@ -43,7 +43,7 @@ class TowerTraining(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     refit_learning_rate: float = 2e-3
     weight_decay: float = 0.1
     query_batch: int = 256
-    query_weight: float = 0.3
+    query_weight: float = 1.0
     requests: int = 60_000
     """The latest so many requests before a cut are read."""
     half_life_days: float = 60.0
