@@ -317,6 +317,7 @@ class _Run:
             item=item,
             query_tokens=torch.from_numpy(tokens),
             query_items=torch.from_numpy(items),
+            query_weight=self.config.towers.query_weight if len(found) else self.config.towers.title_weight,
             half_life_days=min(self.config.towers.half_life_days, 2.0 * self.chosen["half_life_days"]),
         )
 

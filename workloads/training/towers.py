@@ -44,6 +44,9 @@ class TowerTraining(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     weight_decay: float = 0.1
     query_batch: int = 256
     query_weight: float = 1.0
+    """Say of the queries' loss against the users'."""
+    title_weight: float = 0.1
+    """The same where nobody searched and titles stand for queries."""
     requests: int = 60_000
     """The latest so many requests before a cut are read."""
     half_life_days: float = 60.0
@@ -63,6 +66,8 @@ class TowerData:
     """[Q, T], a row per (query, item)."""
     query_items: Tensor
     """[Q]"""
+    query_weight: float
+    """Say of the queries' loss against the users'."""
     half_life_days: float
     """A request this much older than the latest is drawn half as often."""
 
@@ -170,7 +175,7 @@ def _step_loss(
             negatives=negatives,
             shares=data.query_shares,
         )
-        loss = loss + config.query_weight * query_loss
+        loss = loss + data.query_weight * query_loss
     return loss
 
 

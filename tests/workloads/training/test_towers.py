@@ -48,6 +48,7 @@ def planted(requests: int = 600) -> TowerData:
         },
         query_tokens=tokens[1:],
         query_items=items[1:],
+        query_weight=1.0,
         half_life_days=60.0,
     )
 
