@@ -1,3 +1,27 @@
-"""Before any test module is imported: ONNX Runtime must not report to its maker from tests either."""
+"""What many suites share: one LocalStack for the whole run. Buckets and names are each test's own."""
 
-import workloads  # noqa: F401 - sets what ONNX Runtime reads when it is loaded
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+import workloads  # noqa: F401 - before any test module: ONNX Runtime must not report to its maker from tests either
+from infra.emulator import ENVIRONMENT, Emulator
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulator]:
+    """AWS on this machine, started once; tests that use it are `real_parts` and name their resources themselves."""
+    if not (ENVIRONMENT / "bin" / "python").exists():
+        pytest.skip("LocalStack is not installed: make localstack-install")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = Emulator(tmp_path_factory.mktemp("localstack"), port)
+    started.start()
+    try:
+        yield started
+    finally:
+        started.stop()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import msgspec
 
 from workloads.contract.http import BODY_MAX_BYTES, EventsRequest
-from workloads.data.pseudonym import PseudonymKey
 from workloads.gateway.identity import HomeEdge
 from workloads.intake import records
 from workloads.intake.app import INTAKE_BODY_MAX_BYTES
+from workloads.privacy.pseudonym import PseudonymKey
 
 
 def test_the_longest_body_that_the_gateway_takes_is_no_longer_than_the_intake_takes():

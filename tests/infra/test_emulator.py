@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from botocore.config import Config
 from botocore.exceptions import ClientError
 
 from infra import config, stackfile
-from infra.emulator import ENVIRONMENT, ROOT, STACK, Emulator, EmulatorError, project, throw_away_secrets
+from infra.emulator import ROOT, STACK, Emulator, EmulatorError, project, throw_away_secrets
 from infra.emulator.__main__ import main as emulator_command
 from infra.plan import FaultsError
 from infra.recording import Recording
@@ -29,21 +28,6 @@ from infra.vpn import render
 pytestmark = pytest.mark.real_parts
 Record = Callable[..., Recording]
 Client = Callable[[str], Any]
-
-
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulator]:
-    if not (ENVIRONMENT / "bin" / "python").exists():
-        pytest.skip("LocalStack is not installed: make localstack-install")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = Emulator(tmp_path_factory.mktemp("localstack"), port)
-    started.start()
-    try:
-        yield started
-    finally:
-        started.stop()
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,8 @@ REQUEST_ID_PATTERN = r"^[A-Za-z0-9._-]{1,128}$"
 """Anything else, or none, and the gateway makes a UUID version 7."""
 
 PATH_SAMPLE = "/v1/catalogue/sample"
+PATH_PROFILE = "/v1/users/{id}/profile"
+"""GET: what home knows of a person's taste; DELETE: forget the person. At home only."""
 PATH_HEALTH = "/healthz"
 PATH_READY = "/readyz"
 PATH_METRICS = "/metrics"
@@ -28,6 +30,8 @@ PATH_OPENAPI = "/openapi.json"
 
 PATH_CANDIDATES = "/internal/candidates"
 PATH_INTAKE = "/internal/events"
+PATH_ERASE = "/internal/erasures"
+"""Intake: remove every event of these pseudonyms from the spool; durable when answered."""
 
 REASON_ASKED = "asked"
 
@@ -122,6 +126,46 @@ class EventsAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """Events of a newer or broken sender that intake could not take; each is a dead letter with its reason."""
 
 
+class ErasureRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /internal/erasures` of the intake, MessagePack: the pseudonyms of people who are to be forgotten."""
+
+    pseudonyms: Annotated[list[Id], msgspec.Meta(min_length=1, max_length=1000)]
+
+
+class ErasureAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """What is gone from the spool, on disk when answered."""
+
+    events: int
+    dead_letters: int
+
+
+class CategoryInterest(msgspec.Struct, frozen=True, kw_only=True):
+    """How much of a person's touches lie in a category; shares of one profile sum to 1."""
+
+    category: str
+    share: float
+    last_ms: int
+
+
+class ProfileAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """`GET /v1/users/{id}/profile` at home. It names no pseudonym: that would link the id to what left home."""
+
+    request_id: str
+    cold_start: bool
+    """Whether nothing is known that could personalise an answer."""
+    interests: list[str]
+    """Items touched last, newest first; at most 50."""
+    categories: list[CategoryInterest]
+    """Strongest first."""
+    price_band: tuple[float, float] | None
+    """10th and 90th percentile of prices touched; None where no price is known."""
+    recency_days: float | None
+    """Since the last touch."""
+    touches: int
+    as_of_ms: int
+    """Up to which event the profile is made: the store's watermark."""
+
+
 class CatalogueSample(msgspec.Struct, frozen=True, kw_only=True):
     """`GET /v1/catalogue/sample?size=N`: what a load user draws from, weighted by the catalogue's own popularity.
 
@@ -154,6 +198,10 @@ class Readiness(msgspec.Struct, frozen=True, kw_only=True):
     ready: bool
     site: str
     bundle: str
+    delta: int = 0
+    """Deltas on top of the bundle."""
+    draining: int = 0
+    """Requests in flight that began on another edition and finish on it."""
     backends: dict[str, BackendState]
     """`triton`, `retrieval`, `intake`, and at home `profiles`."""
     missing: list[str]
@@ -182,6 +230,8 @@ class CandidatesQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """
 
     bundle: str
+    delta: int = 0
+    """Deltas on top of the bundle, on both sides: a query of another edition is refused (409)."""
     kind: Literal["recommend", "search", "similar"]
     history: list[int]
     history_strength: list[float]
@@ -197,6 +247,7 @@ class CandidatesAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """Retrieval to gateway: `count` or fewer candidates, best first by the fused retrieval score."""
 
     bundle: str
+    delta: int = 0
     items: list[int]
     scores: list[float]
     """Fused score, the order of rung 3."""

@@ -41,6 +41,7 @@ class Listener(enum.StrEnum):
     RETRIEVAL = "retrieval"
     INTAKE = "intake"
     AGENT = "agent"
+    FEEDBACK = "feedback"
     TRITON_HTTP = "triton-http"
     TRITON_GRPC = "triton-grpc"
     TRITON_METRICS = "triton-metrics"
@@ -52,6 +53,7 @@ PORTS: Mapping[Listener, int] = MappingProxyType(
         Listener.RETRIEVAL: 8081,
         Listener.INTAKE: 8082,
         Listener.AGENT: 8083,
+        Listener.FEEDBACK: 8084,
         Listener.TRITON_HTTP: 8000,
         Listener.TRITON_GRPC: 8001,
         Listener.TRITON_METRICS: 8002,
@@ -83,7 +85,7 @@ _SERVING = (
     Listener.TRITON_METRICS,
 )
 
-ONPREM = Site(SiteName.ONPREM, SiteKind.HOME, "127.0.10.1", (*_SERVING, Listener.INTAKE))
+ONPREM = Site(SiteName.ONPREM, SiteKind.HOME, "127.0.10.1", (*_SERVING, Listener.INTAKE, Listener.FEEDBACK))
 AWS = Site(SiteName.AWS, SiteKind.CLOUD, "127.0.20.1", _SERVING)
 
 SITES: Mapping[SiteName, Site] = MappingProxyType({s.name: s for s in (ONPREM, AWS)})

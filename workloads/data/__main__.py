@@ -15,10 +15,10 @@ from typing import cast, get_args
 from workloads.data.adapters import DEFAULT_MAX_BAD_SHARE
 from workloads.data.events import TooManyFaultsError
 from workloads.data.preparation import Request, SourceKind, fault_of, prepare, remedy_of
-from workloads.data.pseudonym import KeyFileError
 from workloads.data.reading import SourceError
 from workloads.data.simulator import SimulatorConfig
 from workloads.data.split import SplitError
+from workloads.privacy.pseudonym import KeyFileError
 from workloads.telemetry.progress import Progress
 
 EXIT_FAULT = 2

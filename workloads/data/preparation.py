@@ -23,10 +23,11 @@ from workloads.data.dataset import DatasetMeta, FaultSummary, find_prepared, rea
 from workloads.data.events import POSITIVE, EventLog, RowFaults, TooManyFaultsError
 from workloads.data.profile_builder import build_profiles
 from workloads.data.profiles import write_profiles
-from workloads.data.pseudonym import FIRST_EPOCH, KeyFileError, PseudonymKey, read_or_create_key
 from workloads.data.reading import SourceError, file_digest
 from workloads.data.source import SourceData
 from workloads.data.split import SplitError, boundaries, compare
+from workloads.privacy import pseudonym
+from workloads.privacy.pseudonym import FIRST_EPOCH, KeyFileError, PseudonymKey, read_or_create_key
 from workloads.telemetry.progress import Progress
 
 SourceKind = Literal["simulator", "online-retail", "sequences", "events"]
@@ -36,7 +37,7 @@ TEST_SHARE: Final = 0.1
 
 _SHAPING: Final = (
     "adapters", "cleaning", "dataset", "events", "preparation", "profile_builder", "profiles",
-    "pseudonym", "reading", "simulator", "split", "truth", "vocabulary",
+    "reading", "simulator", "split", "truth", "vocabulary",
 )  # fmt: skip
 """Modules whose code decides what comes out: a change in one makes what was prepared before stale."""
 
@@ -232,6 +233,7 @@ def _input_digest(request: Request, key: PseudonymKey) -> str:
     package = Path(__file__).parent
     for name in _SHAPING:
         digest.update((package / f"{name}.py").read_bytes())
+    digest.update(Path(pseudonym.__file__).read_bytes())
     digest.update(repr(msgspec.json.schema(Event)).encode())
     digest.update(repr(sorted(POSITIVE_TYPES)).encode())
     return digest.hexdigest()

@@ -15,7 +15,6 @@ from prometheus_client import Counter
 from workloads.bundle.store import BundleFault, open_bundle
 from workloads.contract.sites import SITES, Site, SiteName
 from workloads.data.profiles import ProfileStore, ProfileStoreError, SqliteProfiles
-from workloads.data.pseudonym import KeyFileError, read_key
 from workloads.gateway.app import Gateway
 from workloads.gateway.catalogue_sample import Sampler, UsersFileError, read_users
 from workloads.gateway.doors import HttpIntake, HttpRetrieval, TritonRanker
@@ -23,6 +22,7 @@ from workloads.gateway.identity import CloudEdge, Edge, HomeEdge
 from workloads.gateway.ladder import Reason
 from workloads.gateway.pipeline import Pipeline
 from workloads.gateway.timing import SystemClock
+from workloads.privacy.pseudonym import KeyFileError, read_key
 from workloads.telemetry import log
 from workloads.telemetry.metrics import StageMetrics, new_registry
 from workloads.telemetry.service import CannotStartError, run

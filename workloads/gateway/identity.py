@@ -15,8 +15,8 @@ import msgspec
 
 from workloads.contract.events import Event
 from workloads.contract.http import PSEUDONYM_PATTERN, SESSION_PATTERN
-from workloads.data.pseudonym import KEY_BYTES, PseudonymKey
 from workloads.gateway.problems import raw_id
+from workloads.privacy.pseudonym import KEY_BYTES, PseudonymKey
 
 _PSEUDONYM: Final = re.compile(PSEUDONYM_PATTERN)
 _KEYED_SESSION: Final = re.compile(SESSION_PATTERN)

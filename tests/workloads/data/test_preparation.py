@@ -19,8 +19,8 @@ from workloads.data.__main__ import main
 from workloads.data.dataset import Dataset
 from workloads.data.events import RowFault
 from workloads.data.profiles import SqliteProfiles
-from workloads.data.pseudonym import read_key
 from workloads.data.truth import Truth
+from workloads.privacy.pseudonym import read_key
 from workloads.telemetry.progress import FaultLine, Line, NoteLine, ProgressLine, ResultLine, parse
 
 SIMULATOR = ["--source", "simulator", "--users", "120", "--items", "90", "--events", "4000"]

@@ -13,7 +13,6 @@ from workloads.bundle.store import Bundle, open_bundle
 from workloads.contract.events import EventType
 from workloads.contract.sites import SiteName
 from workloads.data.profiles import MemoryProfiles, Profile, Touch
-from workloads.data.pseudonym import PseudonymKey
 from workloads.gateway.app import IN_FLIGHT_MAX, Gateway
 from workloads.gateway.catalogue_sample import Sampler
 from workloads.gateway.doors import FakeIntake, FakeRanker, FakeRetrieval
@@ -21,6 +20,7 @@ from workloads.gateway.identity import CloudEdge, HomeEdge
 from workloads.gateway.ladder import Reason
 from workloads.gateway.pipeline import Pipeline
 from workloads.gateway.timing import FakeClock
+from workloads.privacy.pseudonym import PseudonymKey
 from workloads.telemetry.metrics import StageMetrics, new_registry, render
 
 ITEMS = 200

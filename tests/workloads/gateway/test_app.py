@@ -15,11 +15,11 @@ import structlog
 from workloads.bundle.store import Bundle
 from workloads.contract.http import CatalogueSample, EventsAnswer, Problem, Readiness
 from workloads.data.profiles import MemoryProfiles
-from workloads.data.pseudonym import PseudonymKey
 from workloads.gateway.app import EVENTS_WAIT_MS, Gateway
 from workloads.gateway.doors import DoorFault, FakeIntake, FakeNeighbour, FakeRanker, FakeRetrieval, IntakeFault
 from workloads.gateway.ladder import Reason
 from workloads.gateway.timing import FakeClock
+from workloads.privacy.pseudonym import PseudonymKey
 from workloads.telemetry import log
 
 SESSION = "raw-session-of-alice"

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from workloads.contract.events import Event, EventType
 from workloads.contract.http import SESSION_PATTERN
-from workloads.data.pseudonym import PseudonymKey
 from workloads.gateway.identity import CloudEdge, HomeEdge
 from workloads.gateway.problems import Refused
+from workloads.privacy.pseudonym import PseudonymKey
 
 KEY = PseudonymKey(epoch=3, secret=b"s" * 32)
 texts = st.text(

@@ -30,7 +30,7 @@ from workloads.contract.http import Readiness
 from workloads.contract.sites import ONPREM, AddressBook, Listener, SiteClass
 from workloads.contract.slo import DEADLINE_MS, Endpoint
 from workloads.data.profiles import Profile, Touch, write_profiles
-from workloads.data.pseudonym import read_or_create_key
+from workloads.privacy.pseudonym import read_or_create_key
 
 pytestmark = pytest.mark.real_parts
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workloads.contract.http import PSEUDONYM_PATTERN
-from workloads.data.pseudonym import KeyFileError, PseudonymKey, read_key, read_or_create_key
+from workloads.privacy.pseudonym import KeyFileError, PseudonymKey, read_key, read_or_create_key
 
 KEY = PseudonymKey(epoch=1, secret=bytes(range(32)))
 
@@ -123,7 +123,7 @@ def test_the_epoch_is_the_file_names(tmp_path: Path):
 
 def test_the_gateways_two_modules_load_no_data_library():
     code = (
-        "import sys, workloads.data.pseudonym, workloads.data.profiles;"
+        "import sys, workloads.privacy.pseudonym, workloads.data.profiles;"
         "print(sorted({'numpy', 'polars', 'pyarrow', 'torch'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

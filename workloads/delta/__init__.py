@@ -1,0 +1,1 @@
+"""New items for a bundle that is being served, without retraining."""

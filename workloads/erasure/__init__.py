@@ -1,0 +1,1 @@
+"""A person forgotten: spool, lake, profiles, data sets and replicas."""
