@@ -28,6 +28,7 @@ setup: ## .tools/ and .venv/ from the locks; nothing is done twice
 	@$(PYTHON) -I rankbridge/bootstrap.py
 
 rehearse: setup ## data to verdict; DATA=online-retail=PATH OUT=out ARGS="--rate 60 ..."
+	@$(EMULATOR) install --uv $(UV) || echo "going on without LocalStack; what needs it will say so" >&2
 	@$(BIN)/rankbridge rehearse --data "$(DATA)" --out "$(OUT)" --sites "$(SITES)" $(ARGS)
 
 test: setup ## every test, real parts too; ARGS="-k name"

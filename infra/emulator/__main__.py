@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import shutil
 import subprocess
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except subprocess.CalledProcessError as error:
         _say(f"{error.cmd[0]} {error.cmd[1]} failed with exit code {error.returncode}")
         return 1
+    if options.action == "install":
+        return 0
     running = emulator.healthy()
     _say(f"LocalStack {'answers at ' + emulator.endpoint if running else 'is not running'}")
     return 0 if running or options.action not in ("status", "start", "reset") else 1
@@ -58,13 +61,8 @@ def _say(text: str) -> None:
 def _interpreter(uv: str) -> str:
     """A Python that really runs and is of the right version; a version manager's stand-in may only look like one."""
     candidates = []
-    found = subprocess.run(
-        [uv, "python", "find", "--no-python-downloads", ".".join(map(str, PYTHON))],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    candidates += found.stdout.split()
+    find = [uv, "python", "find", "--no-python-downloads", ".".join(map(str, PYTHON))]
+    candidates += subprocess.run(find, capture_output=True, text=True, check=False).stdout.split()
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
     candidates += [str(p) for p in sorted(pyenv.glob(f"versions/{PYTHON[0]}.{PYTHON[1]}.*/bin/python"))]
     candidates.append("python3.13")
@@ -80,6 +78,10 @@ def _interpreter(uv: str) -> str:
             continue
         if asked.stdout.strip() == str(PYTHON):
             return candidate
+    # The last way needs the internet: uv brings one of its own builds.
+    subprocess.run([uv, "python", "install", "--quiet", ".".join(map(str, PYTHON))], capture_output=True, check=False)
+    if brought := subprocess.run(find, capture_output=True, text=True, check=False).stdout.split():
+        return brought[0]
     raise EmulatorError(
         "LocalStack needs Python 3.13: run `uv python install 3.13`, or use infra/emulator/compose.yaml"
     )
@@ -89,18 +91,26 @@ def _install(uv: str) -> None:
     """LocalStack in an environment of its own, from its lock, with the plugin."""
     if shutil.which(uv) is None:
         raise EmulatorError(f"{uv} is not there: run make setup")
+    plugin, lock = Path(__file__).parent / "plugin", ROOT / "requirements" / "localstack.txt"
+    seen = hashlib.sha256(lock.read_bytes())
+    for source in sorted(plugin.iterdir()):
+        if source.is_file():
+            seen.update(source.read_bytes())
+    stamp = ENVIRONMENT / ".rankbridge-stamp"
+    if stamp.exists() and stamp.read_text() == seen.hexdigest():
+        return
     if not (ENVIRONMENT / "bin" / "python").exists():
         subprocess.run([uv, "venv", "-q", "-p", _interpreter(uv), str(ENVIRONMENT)], check=True)
     python = str(ENVIRONMENT / "bin" / "python")
-    lock = str(ROOT / "requirements" / "localstack.txt")
-    subprocess.run([uv, "pip", "sync", "-q", "--require-hashes", "-p", python, lock], check=True)
+    subprocess.run([uv, "pip", "sync", "-q", "--require-hashes", "-p", python, str(lock)], check=True)
     # Built from a copy, so that building leaves nothing in the checkout.
     copy = ENVIRONMENT / "rankbridge-plugin"
     shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(Path(__file__).parent / "plugin", copy)
+    shutil.copytree(plugin, copy)
     subprocess.run(
         [uv, "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-p", python, str(copy)], check=True
     )
+    stamp.write_text(seen.hexdigest())
 
 
 def _pulumi(at: Project, *arguments: str) -> None:

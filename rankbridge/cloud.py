@@ -1,0 +1,193 @@
+"""The AWS that a rehearsal goes through: LocalStack, started for it, or whatever the standard AWS settings name.
+
+Workloads are given bucket names and find endpoint, region and credentials in their environment, as they do in
+production; this module makes that environment, and on LocalStack the buckets, which elsewhere are the foundation's. It
+knows no bundle and no data set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from rankbridge.faults import DeskError
+from rankbridge.interrupts import shield
+from rankbridge.layout import Layout
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+DATA_BUCKET: Final = "RANKBRIDGE_DATA_BUCKET"
+MODELS_BUCKET: Final = "RANKBRIDGE_MODELS_BUCKET"
+
+
+class CloudForm(enum.StrEnum):
+    """Where the cloud's object store is."""
+
+    LOCALSTACK = "localstack"
+    """An AWS on this machine, empty at the start and forgotten at the end."""
+    ENVIRONMENT = "environment"
+    """What AWS_ENDPOINT_URL, AWS_PROFILE and the like say, with buckets that exist."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cloud:
+    """Two buckets, and the environment in which a process reaches them."""
+
+    data_bucket: str
+    models_bucket: str
+    settings: Mapping[str, str]
+    """Environment variables to set; those of AWS that are not among them are removed."""
+
+    def environment(self, base: Mapping[str, str]) -> dict[str, str]:
+        """`base` with this cloud in the place of any other that it names."""
+        others = {name: value for name, value in base.items() if not (self.settings and name.startswith("AWS_"))}
+        return {**others, **self.settings, DATA_BUCKET: self.data_bucket, MODELS_BUCKET: self.models_bucket}
+
+
+def check(form: CloudForm, environ: Mapping[str, str]) -> list[DeskError]:
+    """What speaks against using this cloud, before anything is started."""
+    if form is CloudForm.LOCALSTACK:
+        from infra.emulator import ENVIRONMENT  # noqa: PLC0415 - commands without a cloud need not wait for infra
+
+        if not (ENVIRONMENT / "bin" / "python").exists():
+            remedy = "`make localstack-install`; or name buckets of your own: --aws environment"
+            return [DeskError("LocalStack, the AWS on this machine, is not installed", remedy)]
+        return []
+    missing = [name for name in (DATA_BUCKET, MODELS_BUCKET) if not environ.get(name)]
+    if missing:
+        return [DeskError(f"--aws environment: {' and '.join(missing)} not set", "name the foundation's two buckets")]
+    return []
+
+
+@contextlib.contextmanager
+def opened(form: CloudForm, layout: Layout, *, keep: bool = False) -> Iterator[Cloud]:
+    """The cloud for as long as it is needed. With `keep`, a LocalStack that was started stays.
+
+    Raises DeskError. A LocalStack that ran already (`make localstack`) is used and left running.
+    """
+    if form is CloudForm.ENVIRONMENT:
+        yield Cloud(os.environ[DATA_BUCKET], os.environ[MODELS_BUCKET], {})
+        return
+    with _localstack(layout, keep=keep) as cloud:
+        yield cloud
+
+
+@contextlib.contextmanager
+def _localstack(layout: Layout, *, keep: bool) -> Iterator[Cloud]:
+    from infra import config, stackfile  # noqa: PLC0415 - as in `check`
+    from infra.emulator import STACK, Emulator, EmulatorError, throw_away_secrets  # noqa: PLC0415
+    from infra.iam import DataClass, Scope  # noqa: PLC0415
+
+    secrets = throw_away_secrets()
+    plan = config.read(STACK, stackfile.values(STACK) | secrets, frozenset(secrets))
+    scope = Scope(plan.names, plan.account)
+    home = layout.home / "localstack"
+    emulator = Emulator(home, _port(home))
+    ran = emulator.pid() is not None and emulator.healthy()
+    try:
+        emulator.start()
+    except EmulatorError as error:
+        raise DeskError(str(error), "see the lines above; `--aws environment` goes without it") from error
+    cloud = Cloud(
+        scope.bucket(DataClass.DATA),
+        scope.bucket(DataClass.MODELS),
+        {
+            "AWS_ENDPOINT_URL": emulator.endpoint,
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": plan.storage.region,
+            # Nothing of the operator's own AWS is read, and no metadata service is asked for.
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        },
+    )
+    try:
+        client = s3(cloud)
+        _make_bucket(client, cloud.data_bucket, plan.storage.region, lock_days=None)
+        _make_bucket(client, cloud.models_bucket, plan.storage.region, lock_days=plan.storage.lock_days)
+        yield cloud
+    finally:
+        if not ran and not keep:
+            with shield():
+                emulator.stop()
+
+
+def stop_localstack(layout: Layout) -> bool:
+    """End the LocalStack of this home of state, if it runs; whether it did."""
+    home = layout.home / "localstack"
+    if not (home / "pid").exists():
+        return False
+    from infra.emulator import Emulator  # noqa: PLC0415 - as in `check`
+
+    emulator = Emulator(home, _port(home))
+    ran = emulator.pid() is not None
+    emulator.stop()
+    return ran
+
+
+def s3(cloud: Cloud) -> S3Client:
+    """A client of this cloud's object store, for the desk itself."""
+    import boto3  # noqa: PLC0415 - half a second, for commands that need it
+    from botocore.config import Config  # noqa: PLC0415
+
+    settings = cloud.settings
+    return boto3.client(
+        "s3",
+        endpoint_url=settings.get("AWS_ENDPOINT_URL"),
+        region_name=settings.get("AWS_DEFAULT_REGION"),
+        aws_access_key_id=settings.get("AWS_ACCESS_KEY_ID"),
+        aws_secret_access_key=settings.get("AWS_SECRET_ACCESS_KEY"),
+        config=Config(retries={"max_attempts": 3, "mode": "standard"}),
+    )
+
+
+def _make_bucket(client: S3Client, bucket: str, region: str, *, lock_days: int | None) -> None:
+    """A bucket as `infra.storage` declares it, unless it is there: versioned, and locked where models are kept."""
+    held = {one.get("Name") for one in client.list_buckets()["Buckets"]}
+    if bucket in held:
+        return
+    client.create_bucket(
+        Bucket=bucket,
+        ObjectLockEnabledForBucket=lock_days is not None,
+        CreateBucketConfiguration={"LocationConstraint": region},  # type: ignore[typeddict-item]  # any region's name
+    )
+    client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    if lock_days is not None:
+        client.put_object_lock_configuration(
+            Bucket=bucket,
+            ObjectLockConfiguration={
+                "ObjectLockEnabled": "Enabled",
+                "Rule": {"DefaultRetention": {"Mode": "GOVERNANCE", "Days": lock_days}},
+            },
+        )
+
+
+def _port(home: Path) -> int:
+    """The port of the LocalStack that runs from `home`, else the usual one where it is free, else any that is."""
+    from infra.emulator import PORT, Emulator  # noqa: PLC0415 - as in `check`
+
+    noted = home / "port"
+    with contextlib.suppress(OSError, ValueError):
+        port = int(noted.read_text())
+        if Emulator(home, port).pid() is not None:
+            return port
+    if Emulator(home, PORT).pid() is not None:
+        return PORT
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind(("127.0.0.1", PORT))
+        except OSError:
+            trial.bind(("127.0.0.1", 0))
+        port = int(trial.getsockname()[1])
+    home.mkdir(parents=True, exist_ok=True)
+    noted.write_text(f"{port}\n")
+    return port
