@@ -4,9 +4,12 @@ The agent of a site owns `<site>/editions.json` and replaces it whole. Retrieval
 second) and bring about what it says; what they have reached stands in their `/readyz`. Nothing is commanded, so nothing
 is lost when any of them dies: whoever starts reads the file. A flip is three versions of it:
 
-    load [old, new] serve old      until Triton and retrieval have the new one, warm and with parity
+    load [old, new] serve old      Triton has the new one, warm and with parity; until retrieval holds it
     load [old, new] serve new      until every gateway serves it and has no request left on the old one
     load [new]      serve new      the old one stays on disk, for rollback
+
+An edition that a neighbour cannot open is a fault in its `/readyz` and changes nothing else there; the agent then
+writes what served before.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ class Edition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     delta: Annotated[int, msgspec.Meta(ge=0)] = 0
 
     def __str__(self) -> str:
+        """`<12 hex digits>+<deltas>`: as logs, metrics and `/readyz` name it."""
         return f"{self.bundle[:12]}+{self.delta}"
 
 
@@ -34,7 +38,7 @@ class SiteEditions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """`<site>/editions.json`; `serve` is one of `load`.
 
     Bundles lie at `<site>/bundles/<id>`, their deltas at `<site>/deltas/<bundle id>/<number>-<delta id>/`, numbered
-    from 1.
+    from 1; a site holds one delta of each number.
     """
 
     schema_version: int = 1
@@ -47,3 +51,15 @@ class SiteEditions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     channel: str | None = None
     sequence: int = 0
     """Of the channel's pointer that this came from; 0 where no channel is watched."""
+
+
+class RetrievalReadiness(msgspec.Struct, frozen=True, kw_only=True):
+    """`GET /readyz` of retrieval: 200 while it holds what gateways answer from."""
+
+    ready: bool
+    missing: dict[str, str]
+    """What it still waits for, in words."""
+    editions: list[str] = []
+    """Editions that it answers queries of now."""
+    faults: dict[str, str] = {}
+    """Editions that it was to hold and could not open, and why; the others serve on."""

@@ -198,10 +198,13 @@ class Readiness(msgspec.Struct, frozen=True, kw_only=True):
     ready: bool
     site: str
     bundle: str
+    """First 12 hex digits of the bundle's id; empty while no edition is served."""
     delta: int = 0
     """Deltas on top of the bundle."""
     draining: int = 0
     """Requests in flight that began on another edition and finish on it."""
+    faults: dict[str, str] = {}
+    """Editions that the site's file names and this gateway could not open, and why; what it served, it serves on."""
     backends: dict[str, BackendState]
     """`triton`, `retrieval`, `intake`, and at home `profiles`."""
     missing: list[str]

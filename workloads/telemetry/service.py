@@ -138,7 +138,7 @@ class Service:
 
     `routes` maps (method, path) to a handler, which returns a Reply or raises RefusalError; anything else it
     raises is logged and answered as 500. `missing` says in words what it still waits for, by name; empty is
-    ready. `start` and `stop` run inside the server's event loop.
+    ready. `detail` is what else `/readyz` says, by name. `start` and `stop` run inside the server's event loop.
     """
 
     def __init__(
@@ -147,6 +147,7 @@ class Service:
         routes: Mapping[tuple[str, str], Handler],
         metrics: StageMetrics,
         missing: Callable[[], Mapping[str, str]],
+        detail: Callable[[], Mapping[str, object]] = dict,
         start: Callable[[], Awaitable[None]] | None = None,
         stop: Callable[[], Awaitable[None]] | None = None,
         body_max_bytes: int = BODY_MAX_BYTES,
@@ -160,6 +161,7 @@ class Service:
         self._measured = frozenset(path for _, path in routes)
         self._metrics = metrics
         self._missing = missing
+        self._detail = detail
         self._start = start
         self._stop = stop
         self._body_max = body_max_bytes
@@ -274,7 +276,7 @@ class Service:
 
     async def _ready(self, _: Request) -> Reply:
         missing = dict(self._missing())
-        body = _encode_json({"ready": not missing, "missing": missing})
+        body = _encode_json({"ready": not missing, "missing": missing, **self._detail()})
         return Reply(body, JSON, 503 if missing else 200)
 
     async def _metrics_text(self, _: Request) -> Reply:
