@@ -2,7 +2,8 @@
 
 A bundle lies at `<bundles>/<id>/`. Everything is written to a hidden sibling first, each file and
 directory is forced to disk, what was written is verified, and one rename makes it appear. Opening
-reads what is small and maps what is large; it trusts a directory that `verify` has passed.
+reads what is small and maps what is large; it trusts a directory that `verify` has passed. With deltas on
+top, tables are one array each of bundle and new items: memory of this process, 689 bytes an item, no map.
 """
 
 from __future__ import annotations
@@ -10,21 +11,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import os
 import shutil
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from workloads.bundle import manifest as m
+from workloads.bundle.delta import DELTA_MANIFEST, Delta, DeltaFacts, DeltaFault, open_delta
+from workloads.bundle.incoming import file_entry, incoming_directory, publish_directory
 from workloads.bundle.tables import Array, open_tables
 from workloads.bundle.verification import BundleFault, check_content, read_features, read_manifest, verify
 from workloads.contract.tensors import FeatureSchema, Signature
 
 __all__ = ["Bundle", "BundleFault", "copy_bundle", "find", "newest", "open_bundle", "verify", "write_bundle"]
-
-_INCOMING = ".incoming-"
 
 
 def write_bundle(bundles: Path, source: Path, facts: m.Facts) -> Path:
@@ -33,7 +33,7 @@ def write_bundle(bundles: Path, source: Path, facts: m.Facts) -> Path:
     `source` is left as it is. Raises BundleFault when what it holds is no bundle; nothing is left
     behind then.
     """
-    with _incoming(bundles) as incoming:
+    with incoming_directory(bundles) as incoming:
         files = _copy_files(source, incoming)
         if m.FEATURES not in files:
             raise BundleFault(source, m.FEATURES, "is missing")
@@ -42,7 +42,7 @@ def write_bundle(bundles: Path, source: Path, facts: m.Facts) -> Path:
         (incoming / m.MANIFEST).write_bytes(data)
         read_manifest(incoming)
         check_content(incoming, manifest)
-        return _publish(incoming, bundles / m.identity(data))
+        return publish_directory(incoming, bundles / m.identity(data), verify)
 
 
 def copy_bundle(source: Path, bundles: Path) -> Path:
@@ -55,9 +55,9 @@ def copy_bundle(source: Path, bundles: Path) -> Path:
     final = bundles / source.resolve().name
     if final.exists() and final.resolve() == source.resolve():
         return final
-    with _incoming(bundles) as incoming:
+    with incoming_directory(bundles) as incoming:
         _copy_files(source.resolve(), incoming)
-        return _publish(incoming, final)
+        return publish_directory(incoming, final, verify)
 
 
 def newest(bundles: Path) -> Path | None:
@@ -77,18 +77,44 @@ def find(bundles: Path, prefix: str) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """An opened bundle. Lists and tables are indexed by item index: position 0 is padding and unknown."""
+    """An opened bundle and the deltas on top of it: one edition of what a site serves.
+
+    Lists and tables are indexed by item index: position 0 is padding and unknown, 1 to `base_items` are the
+    bundle's items, which its models know; those beyond came with deltas, and no model has a row for them.
+    """
 
     path: Path
     id: str
     manifest: m.Manifest
     features: FeatureSchema
     tables: Mapping[str, Array]
-    """`contract.tensors.ITEM_TABLES`, read-only maps of the file."""
+    """`contract.tensors.ITEM_TABLES`, read-only; maps of the file where there are no deltas."""
     item_ids: list[str]
     """`item_ids[index]`; `item_ids[0]` is empty."""
     index: Mapping[str, int]
     """Item id to index; an unknown id is absent (its index is 0)."""
+    deltas: tuple[Delta, ...] = ()
+    """In order."""
+
+    @property
+    def delta(self) -> int:
+        """Deltas on top of the bundle."""
+        return len(self.deltas)
+
+    @property
+    def base_items(self) -> int:
+        """Items of the bundle itself; the models' tables end there."""
+        return self.features.items
+
+    def next_delta(self, created_ms: int) -> DeltaFacts:
+        """Where a delta on top of this edition stands."""
+        return DeltaFacts(
+            bundle=self.id,
+            number=self.delta + 1,
+            previous=self.deltas[-1].id if self.deltas else None,
+            first_index=len(self.item_ids),
+            created_ms=created_ms,
+        )
 
     @property
     def short(self) -> str:
@@ -116,14 +142,16 @@ class Bundle:
 
     def text(self, column: str) -> list[str]:
         """A text column of the catalogue by item index (`title`, `description`, `category`), read anew each time."""
-        return ["", *(value or "" for value in _column(self.path, column))]
+        added = (value for delta in self.deltas for value in delta.text(column))
+        return ["", *(value or "" for value in _column(self.path, column)), *added]
 
 
-def open_bundle(path: Path) -> Bundle:
-    """Open a bundle for serving. Digests are not read again: `verify` it once, when it arrives.
+def open_bundle(path: Path, deltas: Sequence[Path] = ()) -> Bundle:
+    """Open a bundle for serving, with `deltas` on top of it: delta 1, delta 2 and so on.
 
+    The bundle's digests are not read again: `verify` it once, when it arrives. Deltas are small, and are.
     Raises BundleFault when the manifest, the feature schema, the tables or the catalogue cannot be
-    read or do not agree.
+    read or do not agree, and DeltaFault, which is one, when the deltas are not a chain on this bundle.
     """
     path = path.resolve()
     manifest, identity = read_manifest(path)
@@ -140,7 +168,7 @@ def open_bundle(path: Path) -> Bundle:
     index = {item: place for place, item in enumerate(item_ids) if place}
     if len(index) != features.items:
         raise BundleFault(path, m.CATALOGUE, "an item id stands twice")
-    return Bundle(
+    bundle = Bundle(
         path=path,
         id=identity,
         manifest=manifest,
@@ -149,6 +177,47 @@ def open_bundle(path: Path) -> Bundle:
         item_ids=item_ids,
         index=index,
     )
+    return _with_deltas(bundle, deltas) if deltas else bundle
+
+
+def _with_deltas(bundle: Bundle, paths: Sequence[Path]) -> Bundle:
+    """Raises DeltaFault at the first delta that does not stand on what is before it."""
+    deltas: list[Delta] = []
+    item_ids, index = list(bundle.item_ids), dict(bundle.index)
+    for path in paths:
+        delta = open_delta(path)
+        if fault := _chain_fault(bundle, deltas, len(item_ids), delta):
+            raise DeltaFault(path, DELTA_MANIFEST, fault)
+        for item in delta.item_ids:
+            if item in index:
+                raise DeltaFault(path, m.CATALOGUE, f"the item {item!r} is there already")
+            index[item] = len(item_ids)
+            item_ids.append(item)
+        for name, known in (("category", bundle.features.categories), ("price_band", bundle.features.price_edges)):
+            most = len(known) + (name == "price_band")
+            if delta.tables[name].max(initial=0) > most:
+                raise DeltaFault(path, m.ITEM_TABLES_FILE, f"a {name} is beyond {most}, the bundle's last")
+        deltas.append(delta)
+    tables: dict[str, Array] = {}
+    for name, table in bundle.tables.items():
+        tables[name] = np.concatenate([one.view(np.ndarray) for one in (table, *(d.tables[name] for d in deltas))])
+        tables[name].flags.writeable = False
+    return dataclasses.replace(bundle, tables=tables, item_ids=item_ids, index=index, deltas=tuple(deltas))
+
+
+def _chain_fault(bundle: Bundle, before: Sequence[Delta], rows: int, delta: Delta) -> str | None:
+    """Why a delta cannot stand on the bundle and the deltas `before`, or None."""
+    facts = delta.manifest
+    last = before[-1].id if before else None
+    if facts.bundle != bundle.id:
+        return f"is for bundle {facts.bundle[: m.SHORT]}, and this is {bundle.short}"
+    if facts.number != len(before) + 1:
+        return f"is delta {facts.number}, and delta {len(before) + 1} comes next"
+    if facts.previous != last:
+        return f"stands on delta {facts.previous}, and the one before it here is {last}: the chain forks"
+    if facts.first_index != rows:
+        return f"its first item has index {facts.first_index}, and {rows} comes next"
+    return None
 
 
 def _column(bundle: Path, name: str) -> list[str]:
@@ -172,73 +241,11 @@ def _readable(bundles: Path) -> Iterator[tuple[Path, m.Manifest]]:
                 yield path, manifest
 
 
-@contextlib.contextmanager
-def _incoming(bundles: Path) -> Iterator[Path]:
-    """A hidden directory beside the bundles, gone at the end unless it was published.
-
-    Leftovers of writers that were killed go first.
-    """
-    bundles.mkdir(parents=True, exist_ok=True)
-    for leftover in bundles.glob(f"{_INCOMING}*"):
-        if not _is_alive(leftover.name.removeprefix(_INCOMING).split("-")[0]):
-            shutil.rmtree(leftover, ignore_errors=True)
-    incoming = bundles / f"{_INCOMING}{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    incoming.mkdir()
-    try:
-        yield incoming
-    finally:
-        shutil.rmtree(incoming, ignore_errors=True)
-
-
-def _is_alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def _copy_files(source: Path, target: Path) -> dict[str, m.FileEntry]:
     """Copy everything below `source` and digest the copies; links stay links, to be refused."""
     shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True)
     return {
-        path.relative_to(target).as_posix(): _entry(path)
+        path.relative_to(target).as_posix(): file_entry(path)
         for path in sorted(target.rglob("*"))
         if path.is_file() and not path.is_symlink()
     }
-
-
-def _entry(path: Path) -> m.FileEntry:
-    with path.open("rb") as file:
-        return m.FileEntry(sha256=hashlib.file_digest(file, "sha256").hexdigest(), size=path.stat().st_size)
-
-
-def _publish(incoming: Path, final: Path) -> Path:
-    """Force `incoming` to disk and let it appear as `final`, unless a good bundle is there already."""
-    for path in (*incoming.rglob("*"), incoming):
-        # A scratch directory's modes came along; a bundle is for every process of the site to read.
-        path.chmod(0o755 if path.is_dir() else 0o644)
-        _sync(path)
-    if final.exists():
-        try:
-            verify(final)
-        except BundleFault:
-            # Moved into the hidden directory's place-to-be-removed, so that a reader never sees half of it.
-            shutil.move(final, incoming.with_name(f"{incoming.name}-damaged"))
-        else:
-            return final
-    incoming.rename(final)
-    _sync(final.parent)
-    shutil.rmtree(incoming.with_name(f"{incoming.name}-damaged"), ignore_errors=True)
-    verify(final)
-    return final
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

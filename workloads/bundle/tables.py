@@ -108,9 +108,9 @@ def open_tables(path: Path) -> dict[str, Array]:
     }
 
 
-def item_tables_fault(header: Mapping[str, Entry], items: int) -> str | None:
-    """Why these are not the item tables of `items` items as the contract has them, or None."""
-    axes = {"N+1": items + 1, "VECTOR_DIM": VECTOR_DIM, "NEIGHBOURS": NEIGHBOURS}
+def item_tables_fault(header: Mapping[str, Entry], rows: int) -> str | None:
+    """Why these are not the contract's item tables with `rows` rows, or None: N + 1 in a bundle, its own in a delta."""
+    axes = {"N+1": rows, "VECTOR_DIM": VECTOR_DIM, "NEIGHBOURS": NEIGHBOURS}
     for name, (dtype, shape) in ITEM_TABLES.items():
         if name not in header:
             return f"the table {name!r} is missing"

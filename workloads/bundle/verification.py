@@ -60,7 +60,7 @@ def read_manifest(bundle: Path) -> tuple[m.Manifest, str]:
     if not bundle.is_dir():
         raise BundleFault(bundle, "", "there is no such directory")
     path = bundle / m.MANIFEST
-    if not _is_plain(path):
+    if not is_plain_file(path):
         raise BundleFault(bundle, m.MANIFEST, "is missing, or is not a plain file")
     if path.stat().st_size > MANIFEST_MAX:
         raise BundleFault(bundle, m.MANIFEST, f"is larger than {MANIFEST_MAX} bytes")
@@ -80,17 +80,9 @@ def read_manifest(bundle: Path) -> tuple[m.Manifest, str]:
 
 def check_content(bundle: Path, manifest: m.Manifest) -> None:
     """Hold a directory against a manifest, file by file. Raises BundleFault."""
-    present = set(_walk(bundle))
     for name in sorted(m.REQUIRED - set(manifest.files)):
         raise BundleFault(bundle, name, "every bundle has this file, and the manifest does not list it")
-    for name in sorted(set(manifest.files) - present):
-        raise BundleFault(bundle, name, "is missing")
-    for name in sorted(present - set(manifest.files) - {m.MANIFEST}):
-        raise BundleFault(bundle, name, "is not in the manifest")
-    for name, entry in sorted(manifest.files.items()):
-        _check_digest(bundle, name, entry)
-    for name in sorted(manifest.files):
-        _check_harmless(bundle, name)
+    check_files(bundle, manifest.files, m.MANIFEST)
     if manifest.files[m.FEATURES].sha256 != manifest.feature_schema_sha256:
         raise BundleFault(bundle, m.FEATURES, "is not the feature schema that the manifest names")
     features = read_features(bundle)
@@ -98,6 +90,22 @@ def check_content(bundle: Path, manifest: m.Manifest) -> None:
         check = _BY_SUFFIX.get(Path(name).suffix)
         if check is not None:
             check(bundle, name, features)
+
+
+def check_files(directory: Path, files: Mapping[str, m.FileEntry], manifest: str) -> None:
+    """Exactly these files and the file named `manifest`, unaltered, and none that could run anything.
+
+    `files` has passed `manifest.path_fault`. Raises BundleFault.
+    """
+    present = set(_walk(directory))
+    for name in sorted(set(files) - present):
+        raise BundleFault(directory, name, "is missing")
+    for name in sorted(present - set(files) - {manifest}):
+        raise BundleFault(directory, name, "is not in the manifest")
+    for name, entry in sorted(files.items()):
+        _check_digest(directory, name, entry)
+    for name in sorted(files):
+        _check_harmless(directory, name)
 
 
 def read_features(bundle: Path) -> FeatureSchema:
@@ -108,7 +116,8 @@ def read_features(bundle: Path) -> FeatureSchema:
         raise BundleFault(bundle, m.FEATURES, str(error)) from None
 
 
-def _is_plain(path: Path) -> bool:
+def is_plain_file(path: Path) -> bool:
+    """Whether there is a file and it is neither a link nor anything else that only looks like one."""
     return path.exists() and stat.S_ISREG(path.lstat().st_mode)
 
 
@@ -177,7 +186,7 @@ def _check_safetensors(bundle: Path, name: str, features: FeatureSchema) -> None
         header = read_header(bundle / name)
     except ValueError as error:
         raise BundleFault(bundle, name, str(error)) from None
-    if name == m.ITEM_TABLES_FILE and (fault := item_tables_fault(header, features.items)):
+    if name == m.ITEM_TABLES_FILE and (fault := item_tables_fault(header, features.items + 1)):
         raise BundleFault(bundle, name, fault)
 
 

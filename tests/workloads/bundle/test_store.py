@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from workloads.bundle import store
+from workloads.bundle import incoming, store
 from workloads.bundle.fake import build_fake_bundle
 from workloads.bundle.store import BundleFault, copy_bundle, find, newest, open_bundle, verify, write_bundle
 
@@ -80,7 +80,7 @@ def test_a_crash_while_writing_leaves_no_bundle(made: Path, tmp_path: Path, monk
     def crash(_path: Path) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(store, "_sync", crash)
+    monkeypatch.setattr(incoming, "_sync", crash)
     with pytest.raises(OSError, match="disk full"):
         copy_bundle(made, tmp_path)
     assert list(tmp_path.iterdir()) == []
