@@ -1,29 +1,37 @@
-"""`python -m workloads.gateway --site NAME --listen H:P --bundle DIR ...`: be a site's gateway until SIGTERM.
+"""`python -m workloads.gateway --site NAME --listen H:P --editions FILE ...`: be a site's gateway until SIGTERM.
 
-At home it is given the pseudonym key and the profiles; a cloud site must have neither.
+It serves what the site's agent writes into the file, and goes on to the next edition without a restart; with
+`--bundle DIR` it serves that one bundle for ever. At home it is given the pseudonym key and the profiles; a cloud site
+must have neither.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from prometheus_client import Counter
 
-from workloads.bundle.store import BundleFault, open_bundle
+from workloads.bundle.site import EditionsWatch, SiteDirectory
+from workloads.bundle.store import Bundle, BundleFault, open_bundle
+from workloads.contract.editions import Edition
 from workloads.contract.sites import SITES, Site, SiteName
 from workloads.data.profiles import ProfileStore, ProfileStoreError, SqliteProfiles
 from workloads.gateway.app import Gateway
 from workloads.gateway.catalogue_sample import Sampler, UsersFileError, read_users
-from workloads.gateway.doors import HttpIntake, HttpRetrieval, TritonRanker
+from workloads.gateway.doors import HttpIntake, HttpRetrieval, TritonRanker, neighbour
+from workloads.gateway.editions import Editions, Serving, follow
 from workloads.gateway.identity import CloudEdge, Edge, HomeEdge
 from workloads.gateway.ladder import Reason
 from workloads.gateway.pipeline import Pipeline
 from workloads.gateway.timing import SystemClock
 from workloads.privacy.pseudonym import KeyFileError, read_key
 from workloads.telemetry import log
+from workloads.telemetry.beside import settle
 from workloads.telemetry.metrics import StageMetrics, new_registry
 from workloads.telemetry.service import CannotStartError, run
 
@@ -36,7 +44,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m workloads.gateway", description=__doc__)
     parser.add_argument("--site", required=True, choices=[name.value for name in SiteName])
     parser.add_argument("--listen", required=True, metavar="HOST:PORT", help="loopback address to serve at")
-    parser.add_argument("--bundle", required=True, type=Path, metavar="DIR", help="the site's verified bundle")
+    served = parser.add_mutually_exclusive_group(required=True)
+    served.add_argument("--editions", type=Path, metavar="FILE", help="the site's editions.json, written by its agent")
+    served.add_argument("--bundle", type=Path, metavar="DIR", help="one verified bundle, for ever")
     parser.add_argument("--retrieval", required=True, metavar="URL", help="the site's retrieval service")
     parser.add_argument("--triton", required=True, metavar="HOST:PORT", help="the site's Triton, HTTP")
     parser.add_argument("--intake", required=True, metavar="URL", help="the intake at home")
@@ -68,43 +78,64 @@ def _build(site: Site, options: argparse.Namespace) -> Gateway:
         "rankbridge_neighbour_faults", "Calls that gave no usable answer", ("reason",), registry=metrics.registry
     )
     children = {reason: faults.labels(reason.value) for reason in Reason}
+    clock = SystemClock()
     try:
-        bundle = open_bundle(options.bundle)
-        ranker = TritonRanker(options.triton, bundle.id)
+        neighbour(options.triton)
         retrieval, intake = HttpRetrieval(options.retrieval), HttpIntake(options.intake)
         profiles: ProfileStore | None = None if options.profiles is None else SqliteProfiles(options.profiles)
         users = [] if options.users_sample is None else read_users(options.users_sample)
         edge: Edge = CloudEdge() if options.pseudonym_key is None else HomeEdge(read_key(options.pseudonym_key))
-    except BundleFault as error:
-        raise CannotStartError(str(error), error.remedy) from None
     except (ProfileStoreError, KeyFileError, UsersFileError) as error:
         raise CannotStartError(str(error), "prepare the data set again") from None
     except ValueError as error:
         raise CannotStartError(str(error), "correct the address") from None
-    pipeline = Pipeline(
-        site=site.name,
-        bundle=bundle,
-        ranker=ranker,
-        retrieval=retrieval,
-        profiles=profiles,
-        clock=SystemClock(),
-        on_fault=lambda reason: children[reason].inc(),
-    )
+
+    def serve(bundle: Bundle, delta: int) -> Serving:
+        ranker = TritonRanker(options.triton, bundle.id)
+        pipeline = Pipeline(
+            site=site.name,
+            bundle=bundle,
+            delta=delta,
+            ranker=ranker,
+            retrieval=retrieval,
+            profiles=profiles,
+            clock=clock,
+            on_fault=lambda reason: children[reason].inc(),
+        )
+        pipeline.warm_up()
+        sampler = Sampler(bundle, users, pipeline.best_rung)
+        return Serving(Edition(bundle=bundle.id, delta=delta), pipeline, ranker, sampler)
+
+    first: Serving | None = None
+    following: Callable[[], Awaitable[None]] | None = None
+    if options.bundle is not None:
+        try:
+            first = serve(open_bundle(options.bundle), 0)
+        except BundleFault as error:
+            raise CannotStartError(str(error), error.remedy) from None
+    editions = Editions(metrics.registry, first)
+    if options.editions is not None:
+        directory = SiteDirectory(options.editions.absolute().parent)
+        watch = EditionsWatch(options.editions)
+        following = functools.partial(
+            follow, editions, watch, lambda edition: serve(directory.open(edition), edition.delta)
+        )
+
     app = Gateway(
-        pipeline=pipeline,
-        ranker=ranker,
+        site=site.name,
+        editions=editions,
         retrieval=retrieval,
         intake=intake,
         edge=edge,
-        sampler=Sampler(bundle, users, pipeline.best_rung),
+        profiles=profiles,
         metrics=metrics,
+        follow=following,
+        clock=clock,
     )
-    pipeline.warm_up()
-    gc.collect()
-    gc.freeze()
+    settle()
     gc.set_threshold(*_GC_THRESHOLDS)
     log.get(component="gateway").info(
-        "loaded", bundle=bundle.short, items=bundle.features.items, profiles=profiles is not None
+        "loaded", edition=None if first is None else str(first.edition), profiles=profiles is not None
     )
     return app
 

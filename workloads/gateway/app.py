@@ -8,6 +8,7 @@ which is a tenth of the time that the gateway allows itself. It knows no stage a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from importlib import metadata
@@ -17,6 +18,7 @@ from urllib.parse import parse_qsl
 import msgspec
 import uuid_utils
 
+from workloads.bundle.manifest import SHORT
 from workloads.contract.http import (
     BODY_MAX_BYTES,
     DEADLINE_HEADER,
@@ -41,14 +43,15 @@ from workloads.contract.http import (
     Served,
     SimilarRequest,
 )
+from workloads.contract.sites import SiteName
 from workloads.contract.slo import DEADLINE_MS, Endpoint
+from workloads.data.profiles import ProfileStore
 from workloads.gateway import openapi, problems
-from workloads.gateway.catalogue_sample import Sampler
 from workloads.gateway.doors import Intake, IntakeFault, Ranker, Retrieval
+from workloads.gateway.editions import Editions, Serving
 from workloads.gateway.identity import Edge
-from workloads.gateway.pipeline import Pipeline
 from workloads.gateway.problems import Refused
-from workloads.gateway.timing import Timer
+from workloads.gateway.timing import Clock, SystemClock, Timer
 from workloads.telemetry import log
 from workloads.telemetry.metrics import StageMetrics, render
 
@@ -85,6 +88,14 @@ class Call(NamedTuple):
     request_id: str
     timer: Timer
     body: bytes
+    serving: Serving | None
+    """The edition that it began on and is answered from, whatever becomes current meanwhile; None: there is none."""
+
+    def edition(self) -> Serving:
+        """`serving`. Raises Refused when nothing is served yet."""
+        if self.serving is None:
+            raise problems.no_edition()
+        return self.serving
 
 
 class Response(NamedTuple):
@@ -96,30 +107,34 @@ class Response(NamedTuple):
 
 
 class Gateway:
-    """The ASGI application. It closes its doors when the server stops."""
+    """The ASGI application. It closes its doors when the server stops.
+
+    `follow` runs while the server does: it may bring another edition (`gateway.editions.follow`).
+    """
 
     def __init__(
         self,
         *,
-        pipeline: Pipeline,
-        ranker: Ranker,
+        site: SiteName,
+        editions: Editions,
         retrieval: Retrieval,
         intake: Intake,
         edge: Edge,
-        sampler: Sampler,
+        profiles: ProfileStore | None,
         metrics: StageMetrics,
+        follow: Callable[[], Awaitable[None]] | None = None,
+        clock: Clock | None = None,
         in_flight_max: int = IN_FLIGHT_MAX,
     ) -> None:
-        self._pipeline = pipeline
-        self._doors: dict[str, Ranker | Retrieval | Intake] = {
-            "triton": ranker,
-            "retrieval": retrieval,
-            "intake": intake,
-        }
+        self._site = site
+        self._editions = editions
+        self._retrieval = retrieval
         self._intake = intake
         self._edge = edge
-        self._sampler = sampler
+        self._profiles = profiles
         self._metrics = metrics
+        self._follow = follow
+        self._clock: Clock = clock or SystemClock()
         self._in_flight_max = in_flight_max
         self._running = False
         self._description = b""
@@ -153,12 +168,19 @@ class Gateway:
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
         self._running = True
+        following = None if self._follow is None else asyncio.ensure_future(self._follow())
         await send({"type": "lifespan.startup.complete"})
         await receive()
         self._running = False
-        for door in self._doors.values():
+        if following is not None:
+            following.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await following
+        await self._editions.close()
+        for door in (self._retrieval, self._intake):
             await door.close()
-        self._pipeline.close()
+        if self._profiles is not None:
+            self._profiles.close()
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -206,25 +228,27 @@ class Gateway:
         if self._in_flight[path] >= self._in_flight_max:
             raise problems.overloaded()
         self._in_flight[path] += 1
+        serving = self._editions.current
+        call = Call(endpoint, request_id, Timer(self._clock, deadline_ms), body, serving)
         try:
-            with self._metrics.in_flight(path):
-                return await answer(Call(endpoint, request_id, self._pipeline.timer(deadline_ms), body))
+            with self._metrics.in_flight(path), self._editions.on(serving):
+                return await answer(call)
         finally:
             self._in_flight[path] -= 1
 
     async def _recommend(self, call: Call) -> Response:
         message = _decoded(self._decode_recommend, call.body)
         user = None if message.user is None else self._edge.user(message.user, "$.user")
-        return self._items(call, *await self._pipeline.recommend(message, user, call.timer))
+        return self._items(call, *await call.edition().pipeline.recommend(message, user, call.timer))
 
     async def _search(self, call: Call) -> Response:
         message = _decoded(self._decode_search, call.body)
         user = None if message.user is None else self._edge.user(message.user, "$.user")
-        return self._items(call, *await self._pipeline.search(message, user, call.timer))
+        return self._items(call, *await call.edition().pipeline.search(message, user, call.timer))
 
     async def _similar(self, call: Call) -> Response:
         message = _decoded(self._decode_similar, call.body)
-        return self._items(call, *await self._pipeline.similar(message, call.timer))
+        return self._items(call, *await call.edition().pipeline.similar(message, call.timer))
 
     def _items(self, call: Call, items: list[RankedItem], served: Served) -> Response:
         """The answer, counted and with its times."""
@@ -258,20 +282,29 @@ class Gateway:
         size = query.get("size", str(SAMPLE_DEFAULT))
         if not re.fullmatch(r"[0-9]{1,6}", size) or not 1 <= int(size) <= SAMPLE_MAX:
             raise problems.bad_sample_size()
-        return Response(_encode(self._sampler.sample(int(size))))
+        serving = self._editions.current
+        if serving is None:
+            raise problems.no_edition()
+        return Response(_encode(serving.sampler.sample(int(size))))
 
     async def _health(self, _: Scope) -> Response:
         return Response(b'{"alive":true}')
 
     async def _ready(self, _: Scope) -> Response:
-        states = await asyncio.gather(*(door.state() for door in self._doors.values()))
-        backends = dict(zip(self._doors, states, strict=True))
-        if (profiles := self._pipeline.profiles_state()) is not None:
+        serving = self._editions.current
+        asked: dict[str, Ranker | Retrieval | Intake] = {} if serving is None else {"triton": serving.ranker}
+        asked |= {"retrieval": self._retrieval, "intake": self._intake}
+        states = await asyncio.gather(*(door.state() for door in asked.values()))
+        backends = dict(zip(asked, states, strict=True))
+        if serving is not None and (profiles := serving.pipeline.profiles_state()) is not None:
             backends["profiles"] = profiles
         readiness = Readiness(
-            ready=self._running,
-            site=self._pipeline.site.value,
-            bundle=self._pipeline.bundle.short,
+            ready=self._running and serving is not None,
+            site=self._site.value,
+            bundle="" if serving is None else serving.edition.bundle[:SHORT],
+            delta=0 if serving is None else serving.edition.delta,
+            draining=self._editions.draining,
+            faults=self._editions.faults,
             backends=backends,
             missing=[name for name, state in backends.items() if not state.up],
         )

@@ -346,6 +346,7 @@ class FakeRetrieval(FakeNeighbour):
     def __init__(self, bundle: str, items: Sequence[int] = (), sleep: Callable[[float], Any] = asyncio.sleep) -> None:
         super().__init__(sleep)
         self.bundle = bundle
+        self.delta = 0
         self.items = list(items)
         self.queries: list[CandidatesQuery] = []
 
@@ -355,7 +356,9 @@ class FakeRetrieval(FakeNeighbour):
         await self.wait(timeout_s, DoorFault(Reason.RETRIEVAL_LATE, "a fake that is late"))
         items = [item for item in self.items if item not in query.exclude][: query.count]
         scores = [1.0 / (1 + place) for place in range(len(items))]
-        return CandidatesAnswer(bundle=self.bundle, items=items, scores=scores, ann=scores, source=[0] * len(items))
+        return CandidatesAnswer(
+            bundle=self.bundle, delta=self.delta, items=items, scores=scores, ann=scores, source=[0] * len(items)
+        )
 
 
 class FakeIntake(FakeNeighbour):

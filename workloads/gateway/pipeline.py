@@ -92,13 +92,14 @@ class Course:
 
 
 class Pipeline:
-    """All stages over one bundle. One per process; a request is one call of `recommend`, `search` or `similar`."""
+    """All stages over one edition; a request is one call of `recommend`, `search` or `similar`."""
 
     def __init__(
         self,
         *,
         site: SiteName,
         bundle: Bundle,
+        delta: int = 0,
         ranker: Ranker,
         retrieval: Retrieval,
         profiles: ProfileStore | None,
@@ -106,9 +107,13 @@ class Pipeline:
         best_rung: Mapping[str, int] = BEST_RUNG,
         on_fault: Callable[[Reason], None] = lambda _: None,
     ) -> None:
-        """`on_fault` is told of every call to a neighbour that brought no usable answer."""
+        """`on_fault` is told of every call to a neighbour that brought no usable answer.
+
+        `delta` says how many deltas `bundle` was opened with. Doors and profiles belong to the application.
+        """
         self.site = site
         self.bundle = bundle
+        self.delta = delta
         # Plain arrays: numpy's memmap type pays for its bookkeeping on every operation.
         self.tables = ItemTables.of({name: table.view(np.ndarray) for name, table in bundle.tables.items()})
         self.best_rung = best_rung
@@ -120,10 +125,6 @@ class Pipeline:
         self._clock = clock
         self._on_fault = on_fault
         self._profiles_fault: str | None = None
-
-    def timer(self, deadline_ms: float) -> Timer:
-        """A timer that starts now."""
-        return Timer(self._clock, deadline_ms)
 
     async def recommend(
         self, request: RecommendRequest, user: str | None, timer: Timer
@@ -199,11 +200,6 @@ class Pipeline:
         self._obey_rules(question, Course(candidates, candidates.scores, Rung.TRADITIONAL, None))
         self._traditional.search(self.bundle.titles[-1])
 
-    def close(self) -> None:
-        """Give the profile store back; the doors belong to the application."""
-        if self._profiles is not None:
-            self._profiles.close()
-
     def profiles_state(self) -> BackendState | None:
         """How the last look into the profiles went; None at a site that has none."""
         if self._profiles is None:
@@ -236,6 +232,7 @@ class Pipeline:
             rung=course.rung,
             site=self.site.value,
             bundle=self.bundle.short,
+            delta=self.delta,
             stages_ms={stage: round(spent, 3) for stage, spent in timer.stages_ms.items()},
             reason=None if course.reason is None else course.reason.value,
             ranked=course.ranked,
@@ -279,6 +276,7 @@ class Pipeline:
         state = question.state
         query = CandidatesQuery(
             bundle=self.bundle.id,
+            delta=self.delta,
             kind=question.kind,
             history=state.items.tolist(),
             history_strength=state.strength.tolist(),
@@ -340,8 +338,11 @@ class Pipeline:
 
     def _usable(self, answer: CandidatesAnswer) -> Candidates:
         """The answer as arrays, held against the bundle. Raises DoorFault for what must not be used."""
-        if answer.bundle != self.bundle.id:
-            detail = f"retrieval answered from bundle {answer.bundle[:12]!r}, this gateway serves {self.bundle.short}"
+        if answer.bundle != self.bundle.id or answer.delta != self.delta:
+            detail = (
+                f"retrieval answered from {answer.bundle[:12]!r}+{answer.delta}, "
+                f"the request is on {self.bundle.short}+{self.delta}"
+            )
             raise DoorFault(Reason.RETRIEVAL_OTHER_BUNDLE, detail)
         try:
             candidates = Candidates(

@@ -231,6 +231,18 @@ def overloaded(retry_after_s: int = 1) -> Refused:
     )
 
 
+def no_edition(retry_after_s: int = 1) -> Refused:
+    """503: the site's agent has brought no bundle yet."""
+    return refused(
+        503,
+        "nothing-served",
+        "Nothing is served yet",
+        "no bundle has been brought to this site so far",
+        remedy=f"try again after {retry_after_s} s; /readyz of the gateway and of the site's agent say what is missing",
+        headers=((b"retry-after", str(retry_after_s).encode("ascii")),),
+    )
+
+
 def not_acknowledged(why: str, retry_after_s: int = 1) -> Refused:
     """503: the events are not known to be on disk; sending them again is safe, they carry their ids."""
     return refused(

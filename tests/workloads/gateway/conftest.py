@@ -10,12 +10,14 @@ import pytest
 
 from workloads.bundle.fake import CREATED_MS, build_fake_bundle
 from workloads.bundle.store import Bundle, open_bundle
+from workloads.contract.editions import Edition
 from workloads.contract.events import EventType
 from workloads.contract.sites import SiteName
 from workloads.data.profiles import MemoryProfiles, Profile, Touch
 from workloads.gateway.app import IN_FLIGHT_MAX, Gateway
 from workloads.gateway.catalogue_sample import Sampler
 from workloads.gateway.doors import FakeIntake, FakeRanker, FakeRetrieval
+from workloads.gateway.editions import Editions, Serving
 from workloads.gateway.identity import CloudEdge, HomeEdge
 from workloads.gateway.ladder import Reason
 from workloads.gateway.pipeline import Pipeline
@@ -129,14 +131,16 @@ def make_app(
             clock=clock,
             on_fault=faults.append,
         )
+        sampler = Sampler(bundle, [user, "raw-user-bob"] if home else [], pipeline.best_rung)
         return Gateway(
-            pipeline=pipeline,
-            ranker=ranker,
+            site=site,
+            editions=Editions(metrics.registry, Serving(Edition(bundle=bundle.id), pipeline, ranker, sampler)),
             retrieval=retrieval,
             intake=intake,
             edge=HomeEdge(key) if home else CloudEdge(),
-            sampler=Sampler(bundle, [user, "raw-user-bob"] if home else [], pipeline.best_rung),
+            profiles=profiles if home else None,
             metrics=metrics,
+            clock=clock,
             in_flight_max=in_flight_max,
         )
 
