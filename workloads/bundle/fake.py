@@ -1,7 +1,8 @@
 """A small bundle with real models, tables and index, made without torch: the bundle's fake for tests.
 
 It obeys the contract to the letter and is deterministic under a seed. The models do what their
-names say, plainly: the user tower is the decayed mean of the history's item vectors, the ranker a
+names say, plainly: the user tower is the decayed mean of the history's item vectors, the item tower places
+an item without an id at its category's centre, a little to where its words draw it, the ranker is a
 logistic score that rises with retrieval score and popularity. Its quality figures mean nothing.
 """
 
@@ -104,7 +105,7 @@ def build_fake_bundle(directory: Path, items: int = 200, seed: int = 0) -> Path:
         )
         _write_tables(source, tables)
         _write_index(source, vectors)
-        _write_models(source, tables["vectors"], random)
+        _write_models(source, tables["vectors"], tables["category"], random)
         return write_bundle(directory, source, _facts(items))
 
 
@@ -185,8 +186,11 @@ def _write_index(source: Path, vectors: Array) -> None:
     faiss.write_index(index, str(source / m.ANN))
 
 
-def _write_models(source: Path, vectors: Array, random: np.random.Generator) -> None:
+def _write_models(source: Path, vectors: Array, category: Array, random: np.random.Generator) -> None:
     items = len(vectors) - 1
+    centres = np.zeros((len(_KINDS) + 1, VECTOR_DIM), np.float32)
+    np.add.at(centres, category, vectors)
+    centres /= np.maximum(np.linalg.norm(centres, axis=1, keepdims=True), 1e-6)
     dense_weight = np.zeros((len(RANKER_DENSE), 1), np.float32)
     for name, weight in (("ann_score", 2.0), ("popularity", 1.0), ("item_to_item", 0.5), ("times_touched", 0.2)):
         if name in RANKER_DENSE:
@@ -200,7 +204,16 @@ def _write_models(source: Path, vectors: Array, random: np.random.Generator) -> 
             "last": np.array([-1], np.int64),
             "middle": np.array([1], np.int64),
         },
-        ITEM_TOWER: {"vectors": vectors, "zero": np.array(0.0, np.float32), "one_axis": np.array([1], np.int64)},
+        ITEM_TOWER: {
+            "vectors": vectors,
+            "centres": centres,
+            "table": (0.01 * random.normal(size=(_TOKEN_ROWS, VECTOR_DIM))).astype(np.float32),
+            "rows": np.array(_TOKEN_ROWS, np.int64),
+            "pad": np.array(0, np.int64),
+            "last": np.array([-1], np.int64),
+            "zero": np.array(0.0, np.float32),
+            "one_axis": np.array([1], np.int64),
+        },
         QUERY_TOWER: {
             "table": random.normal(size=(_TOKEN_ROWS, VECTOR_DIM)).astype(np.float32),
             "rows": np.array(_TOKEN_ROWS, np.int64),
@@ -234,18 +247,25 @@ _NODES: Final[dict[str, tuple[tuple[str, tuple[str, ...], tuple[str, ...], dict[
         ("Add", ("taste", "moment"), ("sum",), {}),
         *_NORMALISE,
     ),
-    # vector = the item's row; the other inputs are read and weigh nothing
+    # vector = the item's row, or without an id unit(category's centre + sum of the tokens' small rows); the other
+    # inputs are read and weigh nothing
     "item_tower": (
         ("Gather", ("vectors", "item"), ("row",), {"axis": 0}),
+        ("Gather", ("centres", "category"), ("centre",), {"axis": 0}),
+        ("Mod", ("tokens", "rows"), ("token_row",), {}),
+        ("Gather", ("table", "token_row"), ("token_vectors",), {"axis": 0}),
+        ("ReduceSum", ("token_vectors", "one_axis"), ("words",), {"keepdims": 0}),
+        ("Add", ("centre", "words"), ("content",), {}),
+        ("LpNormalization", ("content",), ("content_unit",), {"axis": 1, "p": 2}),
+        ("Equal", ("item", "pad"), ("is_new",), {}),
+        ("Cast", ("is_new",), ("weight",), {"to": 1}),
+        ("Unsqueeze", ("weight", "last"), ("weight_column",), {}),
+        ("Mul", ("content_unit", "weight_column"), ("placed",), {}),
         ("ReduceSum", ("numeric", "one_axis"), ("numeric_sum",), {"keepdims": 1}),
         ("ReduceSum", ("image", "one_axis"), ("image_sum",), {"keepdims": 1}),
-        ("Cast", ("tokens",), ("tokens_float",), {"to": 1}),
-        ("ReduceSum", ("tokens_float", "one_axis"), ("token_sum",), {"keepdims": 1}),
-        ("Unsqueeze", ("category", "one_axis"), ("category_column",), {}),
-        ("Cast", ("category_column",), ("category_float",), {"to": 1}),
-        ("Sum", ("numeric_sum", "image_sum", "token_sum", "category_float"), ("rest",), {}),
+        ("Sum", ("numeric_sum", "image_sum"), ("rest",), {}),
         ("Mul", ("rest", "zero"), ("nothing",), {}),
-        ("Add", ("row", "nothing"), ("vector",), {}),
+        ("Sum", ("row", "placed", "nothing"), ("vector",), {}),
     ),
     # vector = unit(sum of the tokens' rows); padding weighs nothing
     "query_tower": (

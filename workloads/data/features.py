@@ -225,25 +225,49 @@ def user_inputs(
     return inputs
 
 
+def stand_ins(items: Ints, neighbours: Ints, known: int) -> Ints:
+    """The items of a history [n] as models may read them: one beyond `known` by its nearest neighbour that they know.
+
+    Items 1 to `known` have rows in the models' tables; later ones came with a delta. `neighbours` is the table
+    [N+1, NEIGHBOURS], best first. PAD where an item has no such neighbour.
+    """
+    beyond = items > known
+    if not beyond.any():
+        return items
+    near = neighbours[items[beyond]]
+    usable = (near != PAD) & (near <= known)
+    found = np.where(usable.any(axis=1), near[np.arange(len(near)), usable.argmax(axis=1)], PAD)
+    models_items = items.copy()
+    models_items[beyond] = found
+    return models_items
+
+
 def rank_features(
     state: UserState, candidates: Candidates, tables: ItemTables, schema: FeatureSchema
 ) -> tuple[npt.NDArray[np.int64], Floats]:
     """The ranker's inputs for one request: sparse int64 [C, F_s] and dense float32 [C, F_d], standardised.
 
-    Row c is candidate c; columns as `RANKER_SPARSE` and `RANKER_DENSE` say.
+    Row c is candidate c; columns as `RANKER_SPARSE` and `RANKER_DENSE` say. `tables` may have more items than
+    the schema, which came with deltas: the ranker reads all about them but which they are.
     """
-    sparse, dense = raw_features(state, candidates, tables)
+    sparse, dense = raw_features(state, candidates, tables, known=schema.items)
     dense -= np.asarray(schema.dense_mean, dtype=np.float32)
     dense /= np.asarray(schema.dense_scale, dtype=np.float32)
     return sparse, dense
 
 
-def raw_features(state: UserState, candidates: Candidates, tables: ItemTables) -> tuple[npt.NDArray[np.int64], Floats]:
-    """`rank_features` before standardisation: what training fits the schema's mean and scale on."""
+def raw_features(
+    state: UserState, candidates: Candidates, tables: ItemTables, *, known: int | None = None
+) -> tuple[npt.NDArray[np.int64], Floats]:
+    """`rank_features` before standardisation: what training fits the schema's mean and scale on.
+
+    Items beyond `known` (None: all are known) are PAD to the ranker; as the last of a history they have stand-ins.
+    """
+    known = len(tables.popularity) - 1 if known is None else known
     items = candidates.items
     category = tables.category[items]
     length = len(state.items)
-    last = int(state.items[-1]) if length else PAD
+    last = int(stand_ins(state.items[-1:], tables.neighbours, known)[0]) if length else PAD
     weight = touch_weights(state.strength, state.age_hours)
     total = float(weight.sum()) or 1.0
     history_category = tables.category[state.items]
@@ -252,7 +276,14 @@ def raw_features(state: UserState, candidates: Candidates, tables: ItemTables) -
     sparse = np.empty((len(items), len(RANKER_SPARSE)), dtype=np.int64)
     for column, values in zip(
         sparse.T,
-        (items, category, tables.price_band[items], last, tables.category[last], candidates.source),
+        (
+            np.where(items <= known, items, PAD),
+            category,
+            tables.price_band[items],
+            last,
+            tables.category[state.items[-1]] if length else PAD,
+            candidates.source,
+        ),
         strict=True,
     ):
         column[:] = values
@@ -277,8 +308,8 @@ def raw_features(state: UserState, candidates: Candidates, tables: ItemTables) -
         candidates.scores,
         np.log1p(np.arange(len(items))),
         np.log1p(to_item),
-        relative(tables.popularity[items], len(tables.popularity) - 1),
-        relative(tables.popularity_recent[items], len(tables.popularity) - 1),
+        relative(tables.popularity[items], known),
+        relative(tables.popularity_recent[items], known),
         np.sqrt(tables.popularity_category[items]),
         np.log1p(age_days),
         price,

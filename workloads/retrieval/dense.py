@@ -69,9 +69,13 @@ class OnnxTower:
 
 
 class AnnIndex:
-    """The bundle's faiss index. Raises ModelFault when it cannot be read or holds another number of items."""
+    """The bundle's faiss index and, behind its items, the vectors of those that came with deltas.
 
-    def __init__(self, path: pathlib.Path, items: int, dimension: int) -> None:
+    `added` [k, dimension] goes in in memory, the file stays as it is. Raises ModelFault when the index cannot
+    be read or holds another number of items.
+    """
+
+    def __init__(self, path: pathlib.Path, items: int, dimension: int, added: Vector | None = None) -> None:
         faiss.omp_set_num_threads(1)
         try:
             self._index = faiss.read_index(str(path))
@@ -81,6 +85,8 @@ class AnnIndex:
             raise ModelFault(
                 f"{path.name} holds {self._index.ntotal} vectors of {self._index.d}, expected {items} of {dimension}"
             )
+        if added is not None and len(added):
+            self._index.add(np.ascontiguousarray(added, np.float32))
 
     def search(self, vector: Vector, count: int) -> Proposals:
         """See Nearest."""

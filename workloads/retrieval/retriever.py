@@ -1,4 +1,4 @@
-"""From one CandidatesQuery to its answer, over one bundle.
+"""From one CandidatesQuery to its answer, over one bundle and the deltas on top of it.
 
 The sources of `recommend` and the way they are fused are `workloads.data.fusion`'s, the functions that
 training made the ranker's lists with. Queries are checked here against the bundle, so that no index out of
@@ -21,7 +21,7 @@ from workloads.contract.http import CandidatesAnswer, CandidatesQuery
 from workloads.contract.slo import CANDIDATES_RANKED
 from workloads.contract.tensors import CONTEXT, PAD, QUERY_TOWER, USER_TOWER, VECTOR_DIM
 from workloads.data import fusion
-from workloads.data.features import ItemTables, user_inputs
+from workloads.data.features import ItemTables, stand_ins, user_inputs
 from workloads.data.fusion import Candidates, Proposals
 from workloads.models import text
 from workloads.retrieval.dense import AnnIndex, Nearest, OnnxTower, Tower, Vector
@@ -75,11 +75,16 @@ class Retriever:
         nearest: Nearest,
         lexical: LexicalIndex,
         weights: Mapping[str, float],
+        known: int | None = None,
+        delta: int = 0,
         observe: Observe = lambda _step, _ms: None,
     ) -> None:
+        """`known` items have a row in the user tower (None: all); later ones came with `delta` deltas."""
         self.bundle_id = bundle_id
+        self.delta = delta
         self._tables = tables
         self._items = len(tables.category) - 1
+        self._known = self._items if known is None else known
         self._user_tower = user_tower
         self._query_tower = query_tower
         self._nearest = nearest
@@ -102,6 +107,7 @@ class Retriever:
             found = self._similar(query, history, exclude)
         return CandidatesAnswer(
             bundle=self.bundle_id,
+            delta=self.delta,
             items=found.items.tolist(),
             scores=found.scores.tolist(),
             ann=found.ann.tolist(),
@@ -116,6 +122,7 @@ class Retriever:
             self.candidates(
                 CandidatesQuery(
                     bundle=self.bundle_id,
+                    delta=self.delta,
                     kind=kind,
                     history=touched,
                     history_strength=[1.0 for _ in touched],
@@ -128,7 +135,8 @@ class Retriever:
 
     def _recommend(self, query: CandidatesQuery, history: History, exclude: Ints) -> Candidates:
         begun = time.perf_counter()
-        inputs = user_inputs(history.items, history.strengths, history.ages, self._checked_context(query))
+        touched = stand_ins(history.items, self._tables.neighbours, self._known)
+        inputs = user_inputs(touched, history.strengths, history.ages, self._checked_context(query))
         vector = self._user_tower.vector(inputs)
         begun = self._lap("user_tower", begun)
         ann = _NOBODY if vector is None else self._nearest.search(vector, fusion.ann_count(len(exclude)))
@@ -230,11 +238,13 @@ def open_retriever(bundle: Bundle, observe: Observe = lambda _step, _ms: None) -
         tables,
         user_tower=OnnxTower(bundle.model_path(USER_TOWER), USER_TOWER),
         query_tower=OnnxTower(bundle.model_path(QUERY_TOWER), QUERY_TOWER),
-        nearest=AnnIndex(bundle.ann_path, bundle.features.items, VECTOR_DIM),
+        nearest=AnnIndex(bundle.ann_path, bundle.base_items, VECTOR_DIM, tables.vectors[bundle.base_items + 1 :]),
         lexical=LexicalIndex(
             bundle.text("title"), bundle.text("category"), bundle.text("description"), tables.popularity
         ),
         weights=bundle.features.fusion,
+        known=bundle.base_items,
+        delta=bundle.delta,
         observe=observe,
     )
     retriever.warm_up()

@@ -15,9 +15,11 @@ from workloads.contract.tensors import (
     CONTEXT,
     HISTORY_LENGTH,
     ITEM_TOWER,
+    PAD,
     RANKER,
     RANKER_DENSE,
     SIGNATURES,
+    TEXT_TOKENS,
     USER_TOWER,
     Signature,
 )
@@ -53,6 +55,14 @@ def test_each_model_gives_what_its_signature_says_for_any_batch(bundle: Bundle, 
 def test_the_item_tower_repeats_the_vectors_of_the_tables(bundle: Bundle) -> None:
     items = np.arange(1, 61)
     np.testing.assert_allclose(_run(bundle, ITEM_TOWER, item=items), bundle.tables["vectors"][1:], atol=1e-6)
+
+
+def test_the_item_tower_places_an_item_without_an_id_among_its_category(bundle: Bundle) -> None:
+    tokens = np.arange(2 * TEXT_TOKENS).reshape(2, TEXT_TOKENS)
+    placed = _run(bundle, ITEM_TOWER, item=np.array([PAD, PAD]), category=np.array([2, 2]), tokens=tokens)
+    near = np.argsort(-(placed @ bundle.tables["vectors"].T), axis=1)[:, :5]
+    assert (bundle.tables["category"][near] == 2).all()
+    assert not np.allclose(placed[0], placed[1])
 
 
 def test_the_index_finds_the_item_whose_vector_is_asked_for_at_its_index_less_one(bundle: Bundle) -> None:
