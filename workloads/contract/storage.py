@@ -75,7 +75,9 @@ class ChannelPointer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     sequence: Annotated[int, msgspec.Meta(ge=1)]
     current: Release
     previous: Release | None = None
-    """What a rollback goes to; sites keep it."""
+    """What a rollback goes to; sites keep it. None at first, and after a rollback."""
+    left: Release | None = None
+    """What the last move, a rollback, went away from; so that a rollback that is asked for twice happens once."""
     actor: str
     """Who moved it last, as the audit log names them."""
     moved_ms: int
