@@ -1,42 +1,27 @@
-"""`python -m workloads.training --dataset DIR --home DIR`: train, with progress as JSON lines on stdout."""
+"""`python -m workloads.training --dataset DIR --home DIR`: train, with progress as JSON lines on stdout.
+
+With `--replica NAME --data-bucket B` the data set is first fetched from the bucket, by a process of its own; with
+`--confine` this one then puts itself under Landlock and reads nothing but `--home`. Both come before any library that
+starts threads is loaded, torch among them, so this module only knows where training happens, not what it is.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-import msgspec
-
-from workloads.data.cleaning import CatalogueError
-from workloads.data.dataset import DatasetError
-from workloads.data.events import EventLogError
-from workloads.telemetry.progress import Progress
-from workloads.training.checkpoints import BusyError
-from workloads.training.job import METRICS, DatasetTooSmallError, TrainingConfig, train
+from workloads.privacy.confinement import ASKED, ConfinementError, confine_as_asked, within
+from workloads.telemetry.progress import FaultLine, Progress, ResultLine, parse
 
 EXIT_FAULT = 2
-
-_PREPARE = "prepare the data again with `python -m workloads.data`"
-
-
-class _SettingError(ValueError):
-    """An option out of range."""
-
-
-_REMEDIES: dict[type[Exception], str] = {
-    _SettingError: "see `python -m workloads.training --help`",
-    DatasetTooSmallError: "give a log of more people over a longer time",
-    BusyError: "wait for it, or end it and start again: it goes on where it stopped",
-    DatasetError: _PREPARE,
-    EventLogError: _PREPARE,
-    CatalogueError: _PREPARE,
-    OSError: "check the path, its rights and the disk",
-}
-"""Faults that a person can mend, and how; anything else is a bug and keeps its traceback."""
+REPLICA = "replica"
+"""Folder in the home for data sets fetched from the bucket."""
 
 
 class _StoppedError(BaseException):
@@ -47,71 +32,93 @@ class _StoppedError(BaseException):
         self.number = number
 
 
+class _FetchError(Exception):
+    """The replica could not be fetched; its own lines have said why."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
 def _stop(number: int, frame: FrameType | None) -> None:
     del frame
     raise _StoppedError(number)
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    defaults = TrainingConfig()
-    parser = argparse.ArgumentParser(prog="python -m workloads.training", description=__doc__)
-    parser.add_argument("--dataset", type=Path, required=True, help="a directory that `python -m workloads.data` made")
+def _place() -> argparse.ArgumentParser:
+    """Options that say where the data comes from and where the job may go."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--home", type=Path, required=True, help="the product's state directory, .rankbridge")
-    parser.add_argument("--seed", type=int, default=defaults.seed, help="what all chance comes from")
-    parser.add_argument("--rounds", type=int, help=f"rounds of the towers' first fit ({defaults.towers.rounds})")
-    parser.add_argument("--epochs", type=int, help=f"passes of the ranker, at most ({defaults.ranker.epochs})")
-    parser.add_argument("--slices", type=int, help=f"spans of time the ranker learns from ({defaults.slices})")
-    parser.add_argument("--threads", type=int, help=f"threads of torch ({defaults.threads})")
-    parser.add_argument("--small", action="store_true", help="a fraction of the work, for trying things out")
-    parser.add_argument("--reuse", action="store_true", help="take a finished run of the same data and settings")
-    return parser.parse_args(argv)
-
-
-def _config(arguments: argparse.Namespace) -> TrainingConfig:
-    for name in ("rounds", "epochs", "slices", "threads"):
-        value = getattr(arguments, name)
-        if value is not None and not 1 <= value <= 1000:
-            raise _SettingError(f"--{name} {value}: must be 1 to 1000")
-    if not 0 <= arguments.seed < 2**31:
-        raise _SettingError(f"--seed {arguments.seed}: must be 0 to {2**31 - 1}")
-    config = TrainingConfig(seed=arguments.seed)
-    if arguments.small:
-        config = config.small()
-    replace = msgspec.structs.replace
-    if arguments.rounds is not None:
-        config = replace(config, towers=replace(config.towers, rounds=arguments.rounds))
-    if arguments.epochs is not None:
-        config = replace(config, ranker=replace(config.ranker, epochs=arguments.epochs))
-    if arguments.slices is not None:
-        config = replace(config, slices=arguments.slices)
-    if arguments.threads is not None:
-        config = replace(config, threads=arguments.threads)
-    return config
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--dataset", type=Path, help="a directory that `python -m workloads.data` made")
+    source.add_argument("--replica", metavar="NAME", help="a replicated data set; fetched into <home>/replica")
+    parser.add_argument("--data-bucket", metavar="BUCKET", help="the bucket that has the replica")
+    parser.add_argument(
+        "--confine",
+        nargs="?",
+        const="yes",
+        choices=ASKED,
+        help="read and write nothing but --home (Landlock); `try`: where the kernel can",
+    )
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job; 0, 2 for a fault (told as a `fault` line), 128 + the signal that ended it."""
-    arguments = _arguments(argv)
+    argv = sys.argv[1:] if argv is None else argv
     progress = Progress()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _stop)
-        made = train(arguments.dataset, arguments.home, _config(arguments), progress, reuse=arguments.reuse)
+        if not {"-h", "--help"} & set(argv):
+            place, _ = _place().parse_known_args(argv)
+            dataset = place.dataset if place.replica is None else _fetch(place)
+            if place.confine is not None:
+                within(place.home, [dataset])
+                confine_as_asked(place.confine, place.home, progress)
+        else:
+            dataset = Path()
+        # Late: what is loaded here starts threads, which a confinement that comes after them would not hold.
+        from workloads.training.command import run  # noqa: PLC0415
+
+        return run(argv, dataset, progress, parent=_place())
     except _StoppedError as stopped:
         return 128 + stopped.number
-    except tuple(_REMEDIES) as error:
-        progress.fault(_sentence(error), next(text for kind, text in _REMEDIES.items() if isinstance(error, kind)))
+    except _FetchError as error:
+        return error.code
+    except ConfinementError as error:
+        progress.fault(error.fault, error.remedy)
         return EXIT_FAULT
-    progress.result({"training": str(made), "metrics": str(made / METRICS)})
-    return 0
 
 
-def _sentence(error: Exception) -> str:
-    """What went wrong; an OSError names its file first."""
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
+def _fetch(place: argparse.Namespace) -> Path:
+    """Have the replica fetched; its lines become ours, but for the result, which is where the data set lies."""
+    if place.data_bucket is None:
+        raise ConfinementError("--replica names a data set but no bucket", "say which with --data-bucket")
+    command = [sys.executable, "-m", "workloads.replication", "fetch", "--dataset", place.replica]
+    command += ["--data-bucket", place.data_bucket, "--into", str(place.home / REPLICA)]
+    made: Path | None = None
+    told = False
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            for text in process.stdout or ():
+                line = parse(text)
+                if isinstance(line, ResultLine):
+                    made = Path(line.made["dataset"])
+                else:
+                    told = told or isinstance(line, FaultLine)
+                    sys.stdout.write(text)
+                    sys.stdout.flush()
+        except BaseException:
+            process.terminate()
+            raise
+    if process.returncode or made is None:
+        if not told:
+            Progress().fault(f"fetching the replica ended with {process.returncode}", "see what it said on stderr")
+        raise _FetchError(process.returncode if process.returncode > 0 else EXIT_FAULT)
+    return made
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with contextlib.suppress(BrokenPipeError):  # the reader of the progress lines may go first
+        sys.exit(main())
