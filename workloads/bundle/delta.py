@@ -92,7 +92,7 @@ class Delta:
 
 
 def encode(manifest: DeltaManifest) -> bytes:
-    """Canonical bytes: sorted keys, two-space indent, one newline at the end."""
+    """Canonical bytes: fields in their order, files by name, two-space indent, one newline at the end."""
     return msgspec.json.format(msgspec.json.encode(manifest, order="deterministic"), indent=2) + b"\n"
 
 
@@ -105,7 +105,7 @@ def decode(data: bytes) -> DeltaManifest:
     if (manifest.number == 1) != (manifest.previous is None):
         raise ValueError("delta 1 stands on its bundle alone and every later one on a delta - at `$.previous`")
     if encode(manifest) != data:
-        raise ValueError("is not in canonical form: sorted keys, two spaces, one newline at the end")
+        raise ValueError("is not in the one form that we write: order of fields, two spaces, a newline at the end")
     return manifest
 
 
