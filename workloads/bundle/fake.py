@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 
 from workloads.bundle import manifest as m
+from workloads.bundle.probes import write_probes
 from workloads.bundle.store import write_bundle
 from workloads.bundle.tables import Array
 from workloads.contract.quality import QualityReport, QualityRow, RankerQuality
@@ -27,6 +28,7 @@ from workloads.contract.tensors import (
     QUERY_TOWER,
     RANKER,
     RANKER_DENSE,
+    RANKER_SPARSE,
     USER_TOWER,
     VECTOR_DIM,
     FeatureSchema,
@@ -51,10 +53,10 @@ _COLOURS: Final = ("red", "blue", "white", "green", "pink", "ivory", "black", "s
 _STYLES: Final = ("vintage", "retro", "polka dot", "floral", "rustic", "striped", "paisley")
 
 
-def build_fake_bundle(directory: Path, items: int = 200, seed: int = 0) -> Path:
+def build_fake_bundle(directory: Path, items: int = 200, seed: int = 0, prefix: str = "item") -> Path:
     """Write a valid bundle of `items` items under `directory` and return its path, `<directory>/<id>`.
 
-    `items` is at least 2.
+    `items` is at least 2; their ids are `<prefix>-00001` and so on.
     """
     random = np.random.default_rng(seed)
     categories = list(_KINDS)
@@ -102,10 +104,12 @@ def build_fake_bundle(directory: Path, items: int = 200, seed: int = 0) -> Path:
             categories=[categories[place - 1] for place in category],
             tables=tables,
             random=random,
+            prefix=prefix,
         )
         _write_tables(source, tables)
         _write_index(source, vectors)
         _write_models(source, tables["vectors"], tables["category"], random)
+        _write_probes(source, items, random)
         return write_bundle(directory, source, _facts(items))
 
 
@@ -153,6 +157,7 @@ def _write_catalogue(
     categories: Sequence[str],
     tables: dict[str, Array],
     random: np.random.Generator,
+    prefix: str,
 ) -> None:
     import pyarrow as pa  # noqa: PLC0415 - only here
     import pyarrow.parquet as pq  # noqa: PLC0415
@@ -160,7 +165,7 @@ def _write_catalogue(
     count = len(titles)
     image = random.normal(size=(count, IMAGE_DIM)).astype(np.float32)
     columns = {
-        "item": [f"item-{number:05d}" for number in range(1, count + 1)],
+        "item": [f"{prefix}-{number:05d}" for number in range(1, count + 1)],
         "title": list(titles),
         "description": list(descriptions),
         "category": list(categories),
@@ -230,6 +235,20 @@ def _write_models(source: Path, vectors: Array, category: Array, random: np.rand
     }
     for signature, values in constants.items():
         _save_model(source / f"{signature.role}.onnx", signature, _NODES[signature.role], values)
+
+
+def _write_probes(source: Path, items: int, random: np.random.Generator) -> None:
+    import onnxruntime as ort  # noqa: PLC0415 - only here
+
+    rows = 256
+    sparse = np.zeros((rows, len(RANKER_SPARSE)), np.int64)
+    sparse[:, 0] = random.integers(0, items + 1, rows)
+    inputs: dict[str, Array] = {
+        "sparse": sparse,
+        "dense": random.normal(size=(rows, len(RANKER_DENSE))).astype(np.float32),
+    }
+    session = ort.InferenceSession(source / f"{RANKER.role}.onnx", providers=["CPUExecutionProvider"])
+    write_probes(source / m.PROBES, inputs, session.run(None, inputs)[0])
 
 
 _NORMALISE: Final = (("LpNormalization", ("sum",), ("vector",), {"axis": 1, "p": 2}),)

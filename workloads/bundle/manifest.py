@@ -14,6 +14,7 @@ from typing import Annotated, Final
 import msgspec
 
 from workloads.contract.quality import QualityReport
+from workloads.contract.sites import SiteClass
 from workloads.contract.tensors import ITEM_TOWER, QUERY_TOWER, RANKER, USER_TOWER, Signature
 
 SCHEMA_VERSION: Final = 1
@@ -27,11 +28,12 @@ FEATURES: Final = "features.json"
 CATALOGUE: Final = "items.parquet"
 ITEM_TABLES_FILE: Final = "item_tables.safetensors"
 ANN: Final = "ann.faiss"
+PROBES: Final = "probes.safetensors"
 MODELS: Final[Mapping[str, Signature]] = {
     f"{signature.role}.onnx": signature for signature in (USER_TOWER, ITEM_TOWER, QUERY_TOWER, RANKER)
 }
 """File name of every model, and the signature that it keeps."""
-REQUIRED: Final = frozenset({MODEL_CARD, FEATURES, CATALOGUE, ITEM_TABLES_FILE, ANN, *MODELS})
+REQUIRED: Final = frozenset({MODEL_CARD, FEATURES, CATALOGUE, ITEM_TABLES_FILE, ANN, PROBES, *MODELS})
 
 Sha256 = Annotated[str, msgspec.Meta(pattern=ID_PATTERN)]
 
@@ -71,6 +73,12 @@ class AnnFigures(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     ef_search: int | None = None
 
 
+class Requires(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a site must be to serve a bundle; one that is not refuses it before anything is loaded."""
+
+    site_classes: list[SiteClass] = msgspec.field(default_factory=lambda: list(SiteClass))
+
+
 class Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a bundle's maker knows about it; the files' digests are added when it is written."""
 
@@ -86,6 +94,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     parity: dict[str, Parity]
     """By the model's role."""
     ann: AnnFigures
+    requires: Requires = msgspec.field(default_factory=Requires)
 
 
 class Manifest(Facts, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -64,9 +64,7 @@ class SiteDirectory:
 
     def open(self, edition: Edition) -> Bundle:
         """The edition, opened for serving. Raises BundleFault."""
-        if self.delta_paths(edition):
-            raise BundleFault(self.deltas / edition.bundle, "", "this release applies no deltas")
-        return open_bundle(self.bundle(edition.bundle))
+        return open_bundle(self.bundle(edition.bundle), self.delta_paths(edition))
 
 
 def read_editions(path: Path) -> SiteEditions | None:

@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 
 from workloads.bundle import manifest as m
+from workloads.bundle.probes import open_probes
 from workloads.bundle.tables import item_tables_fault, read_header
 from workloads.contract.tensors import VECTOR_DIM, FeatureSchema, Signature, TensorSpec
 
@@ -186,6 +187,11 @@ def _check_safetensors(bundle: Path, name: str, features: FeatureSchema) -> None
         header = read_header(bundle / name)
     except ValueError as error:
         raise BundleFault(bundle, name, str(error)) from None
+    if name == m.PROBES:
+        try:
+            open_probes(bundle / name)
+        except ValueError as error:
+            raise BundleFault(bundle, name, str(error)) from None
     if name == m.ITEM_TABLES_FILE and (fault := item_tables_fault(header, features.items + 1)):
         raise BundleFault(bundle, name, fault)
 

@@ -109,7 +109,7 @@ def export(training: Path, dataset_path: Path, bundles: Path, progress: Progress
             write_onnx(run.models[signature.role], signature, source / f"{signature.role}.onnx")
             progress.step(STAGE, 2 + number, STEPS)
         try:
-            parity, asked = check_parity(run, dataset, source)
+            parity, asked, lists = check_parity(run, dataset, source)
         except ParityFault as error:
             raise ExportFault(
                 f"an exported model is not the trained one: {error}",
@@ -117,6 +117,7 @@ def export(training: Path, dataset_path: Path, bundles: Path, progress: Progress
                 "onnx and onnxruntime",
             ) from error
         progress.step(STAGE, 6, STEPS, max_abs_error=max(one.max_abs_error for one in parity.values()))
+        samples.record(lists, Runner(source / f"{RANKER.role}.onnx").run, source / m.PROBES)
         ann = write_index(run.tables.vectors[1:], asked, source / m.ANN)
         progress.step(STAGE, 7, STEPS, recall_at_10=ann.recall_at_10)
         facts = m.Facts(
@@ -160,8 +161,12 @@ def _must_belong(run: TrainedRun, dataset: Dataset) -> None:
         )
 
 
-def check_parity(run: TrainedRun, dataset: Dataset, folder: Path) -> tuple[dict[str, m.Parity], Array]:
-    """Parity of each `<role>.onnx` in `folder`, and the vectors of users and queries made on the way, [Q, D].
+def check_parity(
+    run: TrainedRun, dataset: Dataset, folder: Path
+) -> tuple[dict[str, m.Parity], Array, list[samples.RankedList]]:
+    """Parity of each `<role>.onnx` in `folder`, and what was made on the way.
+
+    That is the vectors of users and queries, [Q, D], and the lists that the ranker was asked for.
 
     Raises ParityFault at the first model that differs, or when the item tower does not give the
     vectors that the run's tables hold.
@@ -208,7 +213,7 @@ def check_parity(run: TrainedRun, dataset: Dataset, folder: Path) -> tuple[dict[
         )
     lists = samples.ranked_lists(states, exported_users, run.tables, run.schema)
     parity[RANKER.role] = _compare_rankers(run, runners, lists)
-    return parity, np.concatenate((exported_users, exported_queries))
+    return parity, np.concatenate((exported_users, exported_queries)), lists
 
 
 def _compare_rankers(run: TrainedRun, runners: Mapping[str, Runner], lists: list[samples.RankedList]) -> m.Parity:

@@ -8,14 +8,17 @@ Everything goes through the functions that serving uses (`workloads.data.feature
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Final
 
 import numpy as np
 import polars as pl
 
+from workloads.bundle.probes import ROWS, write_probes
 from workloads.bundle.tables import Array
 from workloads.contract.slo import CANDIDATES_RANKED
-from workloads.contract.tensors import HISTORY_LENGTH, IMAGE_DIM, FeatureSchema
+from workloads.contract.tensors import HISTORY_LENGTH, IMAGE_DIM, RANKER, FeatureSchema
 from workloads.data.dataset import Dataset
 from workloads.data.features import EVENT_TYPES, ItemTables, UserState, item_inputs, rank_features, user_inputs
 from workloads.data.fusion import ann_count, fuse, popular_items, recommend_sources
@@ -114,3 +117,20 @@ def ranked_lists(
         sparse, dense = rank_features(state, candidates, tables, schema)
         lists.append(RankedList(sparse, dense))
     return lists
+
+
+def record(lists: Sequence[RankedList], run: Callable[[dict[str, Array]], Array], path: Path) -> None:
+    """Write the bundle's recorded requests: rows spread evenly over `lists`, and what the ranker `run` answers.
+
+    A data set without a single list is asked about nobody and nothing.
+    """
+    inputs = {
+        spec.name: np.concatenate([getattr(one, spec.name) for one in lists])
+        if lists
+        else np.zeros((1, *spec.shape), spec.dtype)
+        for spec in RANKER.inputs
+    }
+    there = len(inputs[RANKER.inputs[0].name])
+    places = np.unique(np.linspace(0, there - 1, min(ROWS, there)).astype(np.int64))
+    chosen = {name: values[places] for name, values in inputs.items()}
+    write_probes(path, chosen, run(chosen))
