@@ -12,8 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
+from workloads.contract.editions import RetrievalReadiness
 from workloads.contract.http import BODY_MAX_BYTES, PATH_CANDIDATES, CandidatesAnswer, CandidatesQuery
 from workloads.retrieval.app import create_app
+from workloads.retrieval.editions import Editions
 from workloads.retrieval.retriever import QueryFault
 from workloads.telemetry.metrics import StageMetrics
 
@@ -25,6 +27,7 @@ class EchoRetriever:
     """Answers the history it was asked with."""
 
     bundle_id = BUNDLE
+    delta = 0
 
     def candidates(self, query: CandidatesQuery) -> CandidatesAnswer:
         if -1 in query.history:
@@ -50,7 +53,10 @@ def query(**changes: object) -> dict[str, Any]:
 
 @pytest.fixture
 async def client() -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(EchoRetriever(), StageMetrics(CollectorRegistry()))
+    metrics = StageMetrics(CollectorRegistry())
+    editions = Editions(metrics.registry)
+    editions.hold(EchoRetriever())
+    app = create_app(editions, metrics)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://retrieval") as client:  # type: ignore[arg-type]  # ours is narrower than the ASGI union
         yield client
 
@@ -65,8 +71,11 @@ async def test_a_query_is_answered_in_messagepack(client: httpx.AsyncClient):
     assert msgspec.msgpack.decode(answer.content, type=CandidatesAnswer).items == [3, 4]
 
 
-async def test_a_query_of_another_bundle_is_refused_and_both_are_named(client: httpx.AsyncClient):
-    answer = await post(client, msgspec.msgpack.encode(query(bundle="a" * 64)))
+@pytest.mark.parametrize("other", [{"bundle": "a" * 64}, {"bundle": "a" * 64, "delta": 1}])
+async def test_a_query_of_another_bundle_is_refused_and_both_are_named(
+    client: httpx.AsyncClient, other: dict[str, object]
+):
+    answer = await post(client, msgspec.msgpack.encode(query(**other)))
     assert (answer.status_code, answer.headers["content-type"]) == (409, "application/problem+json")
     assert "a" * 12 in answer.json()["detail"]
     assert "b" * 12 in answer.json()["detail"]
@@ -97,6 +106,12 @@ async def test_bad_bodies_are_problems(client: httpx.AsyncClient, content: bytes
     assert answer.json().get("field") == field
 
 
+async def test_a_query_of_more_deltas_than_are_held_is_refused(client: httpx.AsyncClient):
+    answer = await post(client, msgspec.msgpack.encode(query(delta=1)))
+    assert answer.status_code == 409
+    assert f"{BUNDLE[:12]}+0" in answer.json()["detail"]
+
+
 async def test_json_is_not_spoken_here(client: httpx.AsyncClient):
     assert (await client.post(PATH_CANDIDATES, json=query())).status_code == 415
 
@@ -109,6 +124,7 @@ async def test_no_body_breaks_the_service(client: httpx.AsyncClient, body: bytes
 
 async def test_it_is_ready_once_it_serves_and_counts_what_it_answers(client: httpx.AsyncClient):
     await post(client, msgspec.msgpack.encode(query()))
-    assert (await client.get("/readyz")).json() == {"ready": True, "missing": {}}
+    ready = msgspec.json.decode((await client.get("/readyz")).content, type=RetrievalReadiness)
+    assert ready == RetrievalReadiness(ready=True, missing={}, editions=[f"{BUNDLE[:12]}+0"])
     text = (await client.get("/metrics")).text
     assert f'rankbridge_responses_total{{endpoint="{PATH_CANDIDATES}",status="200"}} 1.0' in text
