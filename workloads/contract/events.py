@@ -12,7 +12,10 @@ from typing import Annotated
 
 import msgspec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Version 2 gave an answer's request id a field of its own; in version 1 clients wrote it into the context."""
+REQUEST_ID_IN_CONTEXT = "request_id"
+"""Where version 1 has it; the intake lifts it into the field."""
 
 ID_PATTERN = r"^[^\x00-\x1f\x7f\ud800-\udfff]{1,128}$(?!\n)"
 """User, item and session ids: 1 to 128 characters, no control characters.
@@ -23,6 +26,9 @@ which JSON Schema speaks.
 
 UUID7_PATTERN = r"^[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$"
 """RFC 9562 section 5.7, lower case with hyphens."""
+
+ANSWER_PATTERN = r"^[A-Za-z0-9._-]{1,128}$(?!\n)"
+"""Ids of answers, `http.REQUEST_ID_PATTERN`."""
 
 QUERY_MAX = 256
 EVENTS_PER_BATCH = 1000
@@ -70,7 +76,10 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     price: Annotated[float, msgspec.Meta(ge=0, le=1e9)] | None = None
     rating: Annotated[float, msgspec.Meta(ge=0, le=5)] | None = None
     context: dict[str, str] = {}
-    schema_version: Annotated[int, msgspec.Meta(ge=1, le=SCHEMA_VERSION)] = SCHEMA_VERSION
+    request_id: Annotated[str, msgspec.Meta(pattern=ANSWER_PATTERN)] | None = None
+    """`request_id` of the answer that showed the item; from version 2."""
+    schema_version: Annotated[int, msgspec.Meta(ge=1, le=SCHEMA_VERSION)] = 1
+    """Absent means 1 for ever: the first senders did not write it. Who writes a newer form says so."""
 
     def __post_init__(self) -> None:
         """Rules that hold between fields."""

@@ -32,6 +32,8 @@ PATH_CANDIDATES = "/internal/candidates"
 PATH_INTAKE = "/internal/events"
 PATH_ERASE = "/internal/erasures"
 """Intake: remove every event of these pseudonyms from the spool; durable when answered."""
+PATH_TRIM = "/internal/spool/trim"
+"""Intake: remove from the spool what the lake has durably."""
 
 REASON_ASKED = "asked"
 
@@ -137,6 +139,28 @@ class ErasureAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
     events: int
     dead_letters: int
+
+
+class TrimRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /internal/spool/trim` of the intake, MessagePack or JSON: what of the spool the lake has durably.
+
+    Events with `seq <= up_to_seq` that arrived before `received_before_ms` are removed; the first one that must stay
+    ends it, so that the spool loses its beginning and never a piece of its middle.
+    """
+
+    up_to_seq: Annotated[int, msgspec.Meta(ge=0)]
+    received_before_ms: Annotated[int, msgspec.Meta(ge=0)]
+    """The retention: what arrived at this moment or later stays, whatever the lake has."""
+
+
+class TrimAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """What is gone, on disk when answered."""
+
+    events: int
+    trimmed_seq: int
+    """No event at or below it is in the spool."""
+    last_seq: int
+    """The highest number given so far. Numbers are never given twice; an erasure leaves gaps between them."""
 
 
 class CategoryInterest(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,7 +10,8 @@ import sys
 from workloads.contract.http import PATH_INTAKE
 from workloads.contract.sites import HOME
 from workloads.intake.app import create_app
-from workloads.intake.store import SqliteStore, StoreError
+from workloads.intake.pressure import RESERVE_BYTES, free_bytes_beside
+from workloads.intake.store import IDS_KEPT_MS, SqliteStore, StoreError
 from workloads.intake.writer import Writer
 from workloads.telemetry import log
 from workloads.telemetry.metrics import StageMetrics, new_registry
@@ -22,11 +23,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m workloads.intake", description=__doc__)
     parser.add_argument("--listen", required=True, metavar="HOST:PORT", help="loopback address to serve at")
     parser.add_argument("--store", required=True, type=pathlib.Path, metavar="PATH", help="SQLite file of events")
+    parser.add_argument(
+        "--reserve-mib",
+        default=RESERVE_BYTES >> 20,
+        type=int,
+        metavar="N",
+        help="room on the disk below which events are turned away (429)",
+    )
+    parser.add_argument(
+        "--ids-kept-hours",
+        default=IDS_KEPT_MS / 3_600_000,
+        type=float,
+        metavar="H",
+        help="how long ids of trimmed events are known, so that one sent again is no new one",
+    )
     options = parser.parse_args()
 
     def open_store() -> SqliteStore:
         try:
-            store = SqliteStore(options.store)
+            store = SqliteStore(options.store, ids_kept_ms=int(options.ids_kept_hours * 3_600_000))
             commits = [store.probe() for _ in range(7)]
         except (StoreError, OSError) as error:
             raise CannotStartError(
@@ -43,7 +58,12 @@ def main() -> int:
 
     def build() -> Service:
         metrics = StageMetrics(new_registry())
-        writer = Writer(open_store, observe=lambda stage, ms: metrics.stage(PATH_INTAKE, stage, ms))
+        writer = Writer(
+            open_store,
+            observe=lambda stage, ms: metrics.stage(PATH_INTAKE, stage, ms),
+            free_bytes=free_bytes_beside(options.store),
+            reserve_bytes=options.reserve_mib << 20,
+        )
         return create_app(writer, metrics)
 
     return run("intake", HOME.name, options.listen, build)

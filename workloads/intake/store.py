@@ -3,7 +3,11 @@
 `append` returns only when the rows are on disk: journal_mode=WAL with synchronous=FULL makes SQLite
 fsync the write-ahead log at every commit (https://www.sqlite.org/pragma.html#pragma_synchronous), and
 the settings are read back because SQLite ignores what it cannot do. The file may be read by others while
-it is written. Knows no thread, no queue and no network; `writer` gives it those.
+it is written, read-only; `seq` orders events by arrival and is never given twice.
+
+The file is a spool: `trim` takes away its beginning once the lake has it, while `seen` keeps the ids of events
+for longer than their rows, so that an event sent again is still known. `erase` takes away what names a person,
+down to the bytes. Knows no thread, no queue and no network; `writer` gives it those.
 """
 
 from __future__ import annotations
@@ -11,16 +15,18 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import re
 import sqlite3
 import time
-from collections.abc import Sequence
-from typing import Final, NamedTuple, Protocol
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
+from workloads.contract.http import PSEUDONYM_PATTERN
 from workloads.intake.records import Batch
 
 COLUMNS: tuple[str, ...] = (
     *("event_id", "type", "timestamp_ms", "user", "item", "session", "query"),
-    *("position", "quantity", "price", "rating", "context", "schema_version"),
+    *("position", "quantity", "price", "rating", "context", "request_id", "schema_version"),
 )
 """Columns of `events` that come from an event; `seq` orders rows by arrival, `received_ms` is the clock here."""
 
@@ -29,35 +35,66 @@ DEAD_LETTERS_KEPT: Final = 100_000
 
 CHECKPOINT_BYTES: Final = 4 * 1024 * 1024
 """A write-ahead log longer than this is moved into the database when nobody waits."""
+BUSY_MS: Final = 2_000
+"""How long a statement waits for a lock; only an erasure's checkpoint ever meets one."""
 OVERDUE_BYTES: Final = 64 * 1024 * 1024
 """A log longer than this is moved even when somebody waits: under traffic that never pauses it would fill the disk."""
 
-_SCHEMA = """
+IDS_KEPT_MS: Final = 48 * 3600 * 1000
+"""How long an id is known at least, from the moment that a uuid7 tells, once the row is trimmed. While the row is
+here its id is known, however old. Beyond both the lake finds duplicates. 500 events a second make 2 GB of ids."""
+CLOCK_AHEAD_MS: Final = 24 * 3600 * 1000
+"""An id from further in the future comes of a wrong clock and would be kept for ever; it goes with its row."""
+CHUNK: Final = 5_000
+"""Rows that one step of housekeeping looks at, so that no acknowledgement waits long behind it."""
+SEARCH_BYTES: Final = 4 * 1024 * 1024
+"""Bytes of the file that one step of an erasure searches."""
+READERS_WAIT_S: Final = 10.0
+"""How long an erasure waits for readers that still look at the rows that it removed."""
+
+_SCHEMA: Final = (
+    """
 CREATE TABLE IF NOT EXISTS events (
   seq INTEGER PRIMARY KEY,
-  event_id TEXT NOT NULL UNIQUE,
+  event_id TEXT NOT NULL,
   type TEXT NOT NULL,
   timestamp_ms INTEGER NOT NULL,
   user TEXT, item TEXT, session TEXT, query TEXT,
   position INTEGER, quantity INTEGER, price REAL, rating REAL,
   context TEXT,
+  request_id TEXT,
   schema_version INTEGER NOT NULL,
   received_ms INTEGER NOT NULL
-);
+)""",
+    """
 CREATE TABLE IF NOT EXISTS dead_letters (
   seq INTEGER PRIMARY KEY,
   received_ms INTEGER NOT NULL,
   reason TEXT NOT NULL,
   field TEXT,
   payload BLOB NOT NULL
-);
-CREATE TABLE IF NOT EXISTS probe (id INTEGER PRIMARY KEY, moment INTEGER NOT NULL);
-"""
-_SCHEMA_VERSION: Final = 1
-_INSERT = (
-    f"INSERT INTO events ({', '.join(COLUMNS)}, received_ms) VALUES ({', '.join('?' * (len(COLUMNS) + 1))}) "  # noqa: S608 - names are ours
-    "ON CONFLICT(event_id) DO NOTHING"
+)""",
+    # 16 bytes an id, in the order of the time in them: new ones go to the end, old ones leave at the beginning.
+    "CREATE TABLE IF NOT EXISTS seen (id BLOB PRIMARY KEY, seq INTEGER NOT NULL) WITHOUT ROWID",
+    """
+CREATE TABLE IF NOT EXISTS spool (
+  id INTEGER PRIMARY KEY CHECK (id = 1), last_seq INTEGER NOT NULL, trimmed_seq INTEGER NOT NULL
+)""",
+    "CREATE TABLE IF NOT EXISTS probe (id INTEGER PRIMARY KEY, moment INTEGER NOT NULL)",
+    "INSERT OR IGNORE INTO spool VALUES (1, 0, 0)",
 )
+_SCHEMA_VERSION: Final = 2
+_FIRST_SCHEMA_VERSION: Final = 1
+"""Had its ids in `events` alone, and no `request_id`."""
+_INSERT: Final = (
+    f"INSERT INTO events (seq, {', '.join(COLUMNS)}, received_ms) VALUES ({', '.join('?' * (len(COLUMNS) + 2))})"  # noqa: S608 - names are ours
+)
+_SEEN: Final = "INSERT INTO seen (id, seq) VALUES (?, ?) ON CONFLICT (id) DO NOTHING"
+
+_NAMED: Final = re.compile(PSEUDONYM_PATTERN.strip("^$").encode())
+_FRAGMENT: Final = 16
+"""Hex digits of a pseudonym that still tell whom it means: what is left of a stale copy that was half overwritten."""
+_HEX_RUN: Final = re.compile(rb"[0-9a-f]{16,}")
 
 
 class StoreError(Exception):
@@ -74,6 +111,26 @@ class Appended(NamedTuple):
     accepted: int
     duplicates: int
     rejected: int
+
+
+class Erased(NamedTuple):
+    """What an erasure removed."""
+
+    events: int
+    dead_letters: int
+
+
+class Trimmed(NamedTuple):
+    """What a trim removed, and where the spool is now."""
+
+    events: int
+    trimmed_seq: int
+    last_seq: int
+
+
+_T = TypeVar("_T")
+Steps = Generator[None, None, _T]
+"""Long work in steps, each durable by itself; between two of them the store may take events."""
 
 
 class EventStore(Protocol):
@@ -96,25 +153,95 @@ class EventStore(Protocol):
         """Whether housekeeping can wait for a quiet moment no longer; asked after each group."""
         ...
 
+    def reusable_bytes(self) -> int:
+        """Room inside the store that its next rows take before they ask the disk for more."""
+        ...
+
+    def erase(self, pseudonyms: frozenset[str]) -> Steps[Erased]:
+        """Remove all events and dead letters that name one of them, and their bytes.
+
+        When the steps are done it is on disk, and covers all that was appended up to the last of them. Ids of the
+        removed events stay known: a client that sends one again does not bring it back. Raises StoreError.
+        """
+        ...
+
+    def trim(self, up_to_seq: int, received_before_ms: int, now_ms: int) -> Steps[Trimmed]:
+        """Remove the spool's beginning up to `up_to_seq`, as far as it arrived before `received_before_ms`.
+
+        Forgets ids that are out of their time. Raises StoreError.
+        """
+        ...
+
     def close(self) -> None:
         """Let go of the file."""
+
+
+class Rows(Protocol):
+    """What a statement gives, as sqlite3.Cursor does."""
+
+    @property
+    def rowcount(self) -> int:
+        """Rows that the statement changed."""
+        ...
+
+    def fetchone(self) -> Any:  # noqa: ANN401 - a row is what its statement selects
+        """The next row, or None."""
+        ...
+
+    def fetchall(self) -> list[Any]:
+        """All that are left."""
+        ...
+
+
+class Connection(Protocol):
+    """What the store needs of SQLite, as sqlite3.Connection in autocommit gives it; raises sqlite3.Error."""
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether a transaction is open."""
+        ...
+
+    def execute(self, sql: str, parameters: Sequence[Any] = ..., /) -> Rows:
+        """Run one statement."""
+        ...
+
+    def executemany(self, sql: str, parameters: Iterable[Sequence[Any]], /) -> Rows:
+        """Run one statement for each row of parameters."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the file."""
+
+
+def connect(path: pathlib.Path) -> Connection:
+    """The interpreter's own SQLite, as it is used in production."""
+    return sqlite3.connect(path, isolation_level=None, timeout=BUSY_MS / 1000, cached_statements=32)
 
 
 class SqliteStore:
     """The real store. Made and used by one thread.
 
-    Raises StoreError when the file cannot be opened, is of a newer schema, or will not be durable.
+    `connect` opens the file; tests give one whose disk loses power. Raises StoreError when the file cannot be
+    opened, is of a newer schema, or will not be durable.
     """
 
-    def __init__(self, path: pathlib.Path) -> None:
+    def __init__(
+        self,
+        path: pathlib.Path,
+        *,
+        connect: Callable[[pathlib.Path], Connection] = connect,
+        ids_kept_ms: int = IDS_KEPT_MS,
+    ) -> None:
         self.path = path
         self._wal = path.with_name(path.name + "-wal")
+        self._connect = connect
+        self._ids_kept_ms = ids_kept_ms
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._connection: sqlite3.Connection | None = self._open()
+        self._connection: Connection | None = self._open()
 
-    def _open(self) -> sqlite3.Connection:
+    def _open(self) -> Connection:
         try:
-            connection = sqlite3.connect(self.path, isolation_level=None, timeout=2.0, cached_statements=16)
+            connection = self._connect(self.path)
         except sqlite3.Error as error:
             raise StoreError(f"cannot open {self.path}: {error}") from error
         try:
@@ -133,29 +260,35 @@ class SqliteStore:
             os.close(directory)
         return connection
 
-    def _prepare(self, connection: sqlite3.Connection) -> None:
+    def _prepare(self, connection: Connection) -> None:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
+        # What is deleted is overwritten with zeros: most of an erasure, see `_search`.
+        connection.execute("PRAGMA secure_delete=ON")
         # Checkpoints are `tidy`'s: one inside a commit would make an acknowledgement wait for it.
         connection.execute("PRAGMA wal_autocheckpoint=0")
         connection.execute(f"PRAGMA journal_size_limit={OVERDUE_BYTES}")
         version = int(connection.execute("PRAGMA user_version").fetchone()[0])
         if version > _SCHEMA_VERSION:
             raise StoreError(f"{self.path} has schema {version}, this intake knows {_SCHEMA_VERSION}")
-        connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version={_SCHEMA_VERSION}; COMMIT;")
+        if version < _SCHEMA_VERSION:
+            connection.execute("BEGIN IMMEDIATE")
+            _migrate(connection, version)
+            connection.execute("COMMIT")
         settings = self._settings(connection)
-        if settings != {"journal_mode": "wal", "synchronous": 2}:
+        if settings != {"journal_mode": "wal", "synchronous": 2, "secure_delete": 1}:
             raise StoreError(f"{self.path} cannot be written durably here: {settings}")
 
     @staticmethod
-    def _settings(connection: sqlite3.Connection) -> dict[str, str | int]:
-        return {name: connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")}
+    def _settings(connection: Connection) -> dict[str, str | int]:
+        names = ("journal_mode", "synchronous", "secure_delete")
+        return {name: connection.execute(f"PRAGMA {name}").fetchone()[0] for name in names}
 
     def settings(self) -> dict[str, str | int]:
-        """What SQLite says of its durability: journal_mode and synchronous (2 is FULL)."""
+        """What SQLite says of its durability: journal_mode, synchronous (2 is FULL) and secure_delete."""
         return self._settings(self._connected())
 
-    def _connected(self) -> sqlite3.Connection:
+    def _connected(self) -> Connection:
         """The connection, opened again if a fault closed it."""
         if self._connection is None:
             self._connection = self._open()
@@ -163,10 +296,14 @@ class SqliteStore:
 
     def append(self, batches: Sequence[Batch], received_ms: int) -> list[Appended]:
         """See EventStore."""
+        return self._commit(lambda connection: _write_all(connection, batches, received_ms))
+
+    def _commit(self, work: Callable[[Connection], _T]) -> _T:
+        """One transaction around `work`, on disk when this returns. Raises StoreError."""
         connection = self._connected()
         try:
             connection.execute("BEGIN IMMEDIATE")
-            done = [_write(connection, batch, received_ms) for batch in batches]
+            done = work(connection)
             connection.execute("COMMIT")
         except sqlite3.Error as error:
             raise self._failed(connection, error) from error
@@ -185,7 +322,7 @@ class SqliteStore:
             raise self._failed(connection, error) from error
         return (time.perf_counter() - begun) * 1000
 
-    def _failed(self, connection: sqlite3.Connection, error: sqlite3.Error) -> StoreError:
+    def _failed(self, connection: Connection, error: sqlite3.Error) -> StoreError:
         """The typed form of a failure, with the transaction undone."""
         _roll_back(connection)
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
@@ -213,6 +350,98 @@ class SqliteStore:
         except OSError:
             return False
 
+    def reusable_bytes(self) -> int:
+        """See EventStore. Pages that a trim or an erasure freed; the file does not shrink."""
+        if self._connection is None:
+            return 0
+        try:
+            free, size = (
+                int(self._connection.execute(f"PRAGMA {name}").fetchone()[0])
+                for name in ("freelist_count", "page_size")
+            )
+        except sqlite3.Error:
+            return 0
+        return free * size
+
+    def erase(self, pseudonyms: frozenset[str]) -> Steps[Erased]:
+        """See EventStore.
+
+        Rows go first, in chunks; then the log, which holds earlier pages, is emptied into the file. secure_delete
+        zeroes what is deleted, but a page that SQLite rebuilt may keep a stale copy of a row that moved, between
+        its cells: so the file is searched, and rewritten whole (VACUUM) where it still names somebody.
+        """
+        names = frozenset(name.encode() for name in pseudonyms)
+        places = {"events": 0, "dead_letters": 0}
+        removed = dict.fromkeys(places, 0)
+        more = True
+        while more:
+            more = self._commit(lambda connection: _erase_chunk(connection, names, places, removed))
+            yield
+        yield from self._empty_log()
+        if (yield from self._search(names)):
+            self._alone("VACUUM")
+            yield
+            yield from self._empty_log()
+            if (yield from self._search(names)):
+                raise StoreError(f"{self.path} still names somebody who was removed from it; erase again")
+        return Erased(removed["events"], removed["dead_letters"])
+
+    def _alone(self, statement: str) -> Any:  # noqa: ANN401 - a row is what its statement selects
+        """The first row of a statement that is a transaction by itself. Raises StoreError."""
+        connection = self._connected()
+        try:
+            return connection.execute(statement).fetchone()
+        except sqlite3.Error as error:
+            raise self._failed(connection, error) from error
+
+    def _empty_log(self) -> Steps[None]:
+        """Move the whole log into the file and cut it to nothing, which must wait for readers of older rows."""
+        until = time.monotonic() + READERS_WAIT_S
+        while True:
+            self._alone("PRAGMA busy_timeout=0")  # events must not wait as well
+            try:
+                busy = bool(self._alone("PRAGMA wal_checkpoint(TRUNCATE)")[0])
+            finally:
+                self._alone(f"PRAGMA busy_timeout={BUSY_MS}")
+            if not busy:
+                return
+            if time.monotonic() > until:
+                raise StoreError(
+                    f"{self.path}: removed rows are still in its log, which a reader has held for {READERS_WAIT_S:g} s"
+                )
+            time.sleep(0.005)
+            yield
+
+    def _search(self, names: frozenset[bytes]) -> Steps[bool]:
+        """Whether one of the names, or half of one, is anywhere in the file."""
+        digits = [name.partition(b"-")[2] for name in names]
+        fragments = {whole[at : at + _FRAGMENT] for whole in digits for at in range(len(whole) - _FRAGMENT + 1)}
+        with self.path.open("rb") as file:
+            before = b""
+            while block := file.read(SEARCH_BYTES):
+                for run in _HEX_RUN.findall(before + block):
+                    if any(run[at : at + _FRAGMENT] in fragments for at in range(len(run) - _FRAGMENT + 1)):
+                        return True
+                before = block[-_FRAGMENT:]
+                yield
+        return False
+
+    def trim(self, up_to_seq: int, received_before_ms: int, now_ms: int) -> Steps[Trimmed]:
+        """See EventStore."""
+        removed = 0
+        while True:
+            gone = self._commit(lambda connection: _trim_chunk(connection, up_to_seq, received_before_ms))
+            removed += gone
+            yield
+            if gone < CHUNK:
+                break
+        oldest = _moment_key(now_ms - self._ids_kept_ms)
+        latest = _moment_key(now_ms + CLOCK_AHEAD_MS)
+        while self._commit(lambda connection: _forget_chunk(connection, oldest, latest)) == CHUNK:
+            yield
+        trimmed_seq, last_seq = self._alone("SELECT trimmed_seq, last_seq FROM spool")
+        return Trimmed(removed, trimmed_seq, last_seq)
+
     def close(self) -> None:
         """Checkpoint and let go of the file."""
         if self._connection is not None:
@@ -222,25 +451,115 @@ class SqliteStore:
             self._connection = None
 
 
-def _roll_back(connection: sqlite3.Connection) -> None:
+def _roll_back(connection: Connection) -> None:
     with contextlib.suppress(sqlite3.Error):
         if connection.in_transaction:
             connection.execute("ROLLBACK")
 
 
-def _write(connection: sqlite3.Connection, batch: Batch, received_ms: int) -> Appended:
-    accepted = 0
-    if batch.rows:
-        accepted = connection.executemany(_INSERT, [(*row, received_ms) for row in batch.rows]).rowcount
-    if batch.dead:
-        connection.executemany(
-            "INSERT INTO dead_letters (received_ms, reason, field, payload) VALUES (?, ?, ?, ?)",
-            [(received_ms, letter.reason, letter.field, letter.payload) for letter in batch.dead],
-        )
-        connection.execute(
-            "DELETE FROM dead_letters WHERE seq <= (SELECT max(seq) FROM dead_letters) - ?", (DEAD_LETTERS_KEPT,)
-        )
-    return Appended(accepted, len(batch.rows) - accepted, len(batch.dead))
+def _key(event_id: str) -> bytes:
+    """A uuid's 16 bytes; a uuid7's first six are its moment."""
+    return bytes.fromhex(event_id.replace("-", ""))
+
+
+def _moment_key(moment_ms: int) -> bytes:
+    """The lowest key of a moment."""
+    return min(max(moment_ms, 0), 2**48 - 1).to_bytes(6, "big")
+
+
+def _migrate(connection: Connection, version: int) -> None:
+    """Bring an empty file, or one of an earlier schema, to `_SCHEMA_VERSION`."""
+    if version == _FIRST_SCHEMA_VERSION:
+        connection.execute("ALTER TABLE events RENAME TO earlier")
+    for statement in _SCHEMA:
+        connection.execute(statement)
+    if version == _FIRST_SCHEMA_VERSION:
+        names = ", ".join(("seq", *(name for name in COLUMNS if name != "request_id"), "received_ms"))
+        connection.execute(f"INSERT INTO events ({names}) SELECT {names} FROM earlier")  # noqa: S608 - names are ours
+        known = connection.execute("SELECT event_id, seq FROM earlier").fetchall()
+        connection.executemany(_SEEN, [(_key(event_id), seq) for event_id, seq in known])
+        connection.execute("UPDATE spool SET last_seq = (SELECT coalesce(max(seq), 0) FROM earlier)")
+        connection.execute("DROP TABLE earlier")
+    connection.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
+
+
+def _write_all(connection: Connection, batches: Sequence[Batch], received_ms: int) -> list[Appended]:
+    (before,) = connection.execute("SELECT last_seq FROM spool").fetchone()
+    seq = int(before)
+    done = []
+    for batch in batches:
+        fresh: list[tuple[object, ...]] = []
+        for row in batch.rows:
+            if connection.execute(_SEEN, (_key(str(row[0])), seq + 1)).rowcount == 1:
+                seq += 1
+                fresh.append((seq, *row, received_ms))
+        if fresh:
+            connection.executemany(_INSERT, fresh)
+        if batch.dead:
+            _bury(connection, batch, received_ms)
+        done.append(Appended(len(fresh), len(batch.rows) - len(fresh), len(batch.dead)))
+    if seq != before:
+        connection.execute("UPDATE spool SET last_seq = ?", (seq,))
+    return done
+
+
+def _bury(connection: Connection, batch: Batch, received_ms: int) -> None:
+    connection.executemany(
+        "INSERT INTO dead_letters (received_ms, reason, field, payload) VALUES (?, ?, ?, ?)",
+        [(received_ms, letter.reason, letter.field, letter.payload) for letter in batch.dead],
+    )
+    connection.execute(
+        "DELETE FROM dead_letters WHERE seq <= (SELECT max(seq) FROM dead_letters) - ?", (DEAD_LETTERS_KEPT,)
+    )
+
+
+_NAMING: Final = {
+    "events": "SELECT seq, user, session, context FROM events",
+    "dead_letters": "SELECT seq, payload FROM dead_letters",
+}
+"""Where a person may be named: an id that a client put into the context as well became the pseudonym there, too."""
+
+
+def _named(text: str | bytes) -> list[bytes]:
+    return _NAMED.findall(text.encode() if isinstance(text, str) else text)
+
+
+def _erase_chunk(
+    connection: Connection, names: frozenset[bytes], places: dict[str, int], removed: dict[str, int]
+) -> bool:
+    """Remove from the next rows of both tables; moves `places`, adds to `removed`; whether there is more."""
+    more = False
+    for table, naming in _NAMING.items():
+        rows = connection.execute(f"{naming} WHERE seq > ? ORDER BY seq LIMIT ?", (places[table], CHUNK)).fetchall()
+        gone = [(seq,) for seq, *texts in rows if any(text and not names.isdisjoint(_named(text)) for text in texts)]
+        if gone:
+            connection.executemany(f"DELETE FROM {table} WHERE seq = ?", gone)  # noqa: S608 - names are ours
+        if rows:
+            places[table] = rows[-1][0]
+        removed[table] += len(gone)
+        more = more or len(rows) == CHUNK
+    return more
+
+
+def _trim_chunk(connection: Connection, up_to_seq: int, received_before_ms: int) -> int:
+    """Remove the first rows as far as they may go; how many. Fewer than CHUNK: no more may."""
+    rows = connection.execute("SELECT seq, received_ms FROM events ORDER BY seq LIMIT ?", (CHUNK,)).fetchall()
+    gone = 0
+    while gone < len(rows) and rows[gone][0] <= up_to_seq and rows[gone][1] < received_before_ms:
+        gone += 1
+    if gone:
+        connection.execute("DELETE FROM events WHERE seq <= ?", (rows[gone - 1][0],))
+        connection.execute("UPDATE spool SET trimmed_seq = ?", (rows[gone - 1][0],))
+    return gone
+
+
+def _forget_chunk(connection: Connection, oldest: bytes, latest: bytes) -> int:
+    """Forget ids out of their time whose rows are trimmed; how many."""
+    statement = (
+        "DELETE FROM seen WHERE id IN (SELECT id FROM seen WHERE (id < ? OR id >= ?)"
+        " AND seq <= (SELECT trimmed_seq FROM spool) LIMIT ?)"
+    )
+    return connection.execute(statement, (oldest, latest, CHUNK)).rowcount
 
 
 class MemoryStore:
@@ -252,6 +571,7 @@ class MemoryStore:
         self.steps: list[str] = []
         self.fail_with: Exception | None = None
         self.overdue = False
+        self.reusable = 0
 
     def append(self, batches: Sequence[Batch], received_ms: int) -> list[Appended]:
         """See EventStore."""
@@ -282,6 +602,35 @@ class MemoryStore:
     def is_overdue(self) -> bool:
         """`overdue`."""
         return self.overdue
+
+    def reusable_bytes(self) -> int:
+        """`reusable`."""
+        return self.reusable
+
+    def erase(self, pseudonyms: frozenset[str]) -> Steps[Erased]:
+        """See EventStore; one step an event, so that others can come between."""
+        if self.fail_with is not None:
+            raise self.fail_with
+        gone = [key for key, row in self.events.items() if not pseudonyms.isdisjoint(map(str, row))]
+        for key in gone:
+            self.steps.append("erased")
+            self.events[key] = ()
+            yield
+        return Erased(len(gone), 0)
+
+    def trim(
+        self,
+        up_to_seq: int,
+        received_before_ms: int,
+        now_ms: int,  # noqa: ARG002 - the door's signature; the fake forgets no id
+    ) -> Steps[Trimmed]:
+        """See EventStore; `seq` is the place in `events`."""
+        keys = list(self.events)[:up_to_seq]
+        gone = [key for key in keys if self.events[key] and int(str(self.events[key][-1])) < received_before_ms]
+        for key in gone:
+            self.events[key] = ()
+            yield
+        return Trimmed(len(gone), len(gone), len(self.events))
 
     def close(self) -> None:
         """Remember it."""

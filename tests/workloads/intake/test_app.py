@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
-from workloads.contract.http import PATH_INTAKE, EventsAnswer
+from workloads.contract.http import PATH_ERASE, PATH_INTAKE, PATH_TRIM, ErasureAnswer, ErasureRequest, EventsAnswer
 from workloads.intake.app import INTAKE_BODY_MAX_BYTES, create_app
 from workloads.intake.store import MemoryStore, StorageFullError, StoreError
 from workloads.intake.writer import Writer
@@ -131,9 +131,71 @@ async def test_too_much_waiting_is_told_with_a_time_to_come_back(store: MemorySt
     app = create_app(writer, StageMetrics(CollectorRegistry()))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://intake") as client:  # type: ignore[arg-type]  # ours is narrower than the ASGI union
         answer = await client.post(PATH_INTAKE, json={"events": [event(1)]})
-    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        ready = await client.get("/readyz")
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
     assert store.events == {}
+    assert (ready.status_code, ready.json()["missing"]) == (503, {"queue": "100 events wait for the disk"})
     await writer.stop()
+
+
+async def test_a_disk_below_its_reserve_turns_callers_away_before_it_is_full(store: MemoryStore):
+    free = [20 << 20]
+    writer = Writer(lambda: store, free_bytes=lambda: free[0], reserve_bytes=8 << 20)
+    await writer.start()
+    app = create_app(writer, StageMetrics(CollectorRegistry()))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://intake") as client:  # type: ignore[arg-type]  # ours is narrower than the ASGI union
+        seen = []
+        for number, mib in enumerate((8, 7, 9, 10, 9)):
+            free[0] = mib << 20
+            answer = await client.post(PATH_INTAKE, json={"events": [event(number)]})
+            seen.append((mib, answer.status_code, answer.headers.get("retry-after")))
+            ready = await client.get("/readyz")
+            assert ready.status_code == (200 if answer.status_code == 200 else 503)
+            assert ("disk" in ready.json()["missing"]) == (answer.status_code == 429)
+        # closed below 8, it opens at 10 and not in between
+        assert seen == [(8, 200, None), (7, 429, "30"), (9, 429, "30"), (10, 200, None), (9, 200, None)]
+        free[0] = 7 << 20
+        erasure = await client.post(PATH_ERASE, json={"pseudonyms": [PSEUDONYM]})
+        assert (erasure.status_code, erasure.json()) == (200, {"events": 3, "dead_letters": 0})
+        trimmed = await client.post(PATH_TRIM, json={"up_to_seq": 9, "received_before_ms": 0})
+        assert trimmed.status_code == 200
+    await writer.stop()
+
+
+async def test_a_disk_that_cannot_be_asked_is_a_fault_that_readiness_names(store: MemoryStore):
+    def gone() -> int:
+        raise OSError("no such device")
+
+    writer = Writer(lambda: store, free_bytes=gone)
+    await writer.start()
+    app = create_app(writer, StageMetrics(CollectorRegistry()))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://intake") as client:  # type: ignore[arg-type]  # ours is narrower than the ASGI union
+        assert (await client.post(PATH_INTAKE, json={"events": [event(1)]})).status_code == 503
+        assert "no such device" in (await client.get("/readyz")).json()["missing"]["disk"]
+    await writer.stop()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        (PATH_ERASE, {"pseudonyms": ["17850"]}, "$.pseudonyms[0]"),
+        (PATH_ERASE, {"pseudonyms": [PSEUDONYM, PSEUDONYM + "\n"]}, "$.pseudonyms[1]"),
+        (PATH_ERASE, {"pseudonyms": []}, "$.pseudonyms"),
+        (PATH_TRIM, {"up_to_seq": -1, "received_before_ms": 0}, "$.up_to_seq"),
+    ],
+)
+async def test_what_cannot_be_removed_is_refused_and_no_id_is_repeated(
+    client: httpx.AsyncClient, path: str, body: dict[str, object], field: str
+):
+    answer = await client.post(path, json=body)
+    assert (answer.status_code, answer.json()["field"]) == (422, field)
+    assert "17850" not in answer.text
+
+
+async def test_an_erasure_speaks_messagepack(client: httpx.AsyncClient):
+    body = msgspec.msgpack.encode(ErasureRequest(pseudonyms=[PSEUDONYM]))
+    answer = await client.post(PATH_ERASE, content=body, headers={"content-type": "application/msgpack"})
+    assert msgspec.msgpack.decode(answer.content, type=ErasureAnswer) == ErasureAnswer(events=0, dead_letters=0)
 
 
 async def test_outcomes_are_counted(client: httpx.AsyncClient):

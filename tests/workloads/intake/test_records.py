@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from workloads.contract.events import SCHEMA_VERSION
 from workloads.intake import records
 from workloads.intake.store import COLUMNS
 
@@ -42,32 +44,38 @@ def test_a_sound_event_becomes_a_row_in_the_order_of_the_columns(encoding: str):
     assert row == {
         **{name: None for name in COLUMNS if name != "context"},
         **{name: value for name, value in sent.items() if name != "context"},
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
     }
 
 
 @pytest.mark.parametrize("encoding", ["json", "msgpack"])
 @pytest.mark.parametrize(
-    ("broken", "field", "rule"),
+    ("broken", "field", "rule", "kept"),
     [
-        (event(1, item=None), "$.events[1]", "a click event names its item"),
-        (event(1, timestamp_ms="now"), "$.events[1].timestamp_ms", "Expected `int`"),
-        (event(1, event_id="1"), "$.events[1].event_id", "regex"),
-        (event(1, colour="red"), "$.events[1]", "unknown field `colour`"),
-        (event(1, type="buy"), "$.events[1].type", "buy"),
-        ("not an event", "$.events[1]", "Expected `object`"),
-        (None, "$.events[1]", "Expected `object`"),
+        (event(1, item=None), "$.events[1]", "a click event names its item", event(1, item=None)),
+        (
+            *(event(1, timestamp_ms="now"), "$.events[1].timestamp_ms", "Expected `int`"),
+            event(1, timestamp_ms="[str of 3 removed]"),
+        ),
+        (event(1, event_id="1"), "$.events[1].event_id", "regex", event(1, event_id="[str of 1 removed]")),
+        (
+            *(event(1, colour="red"), "$.events[1]", "unknown field `colour`"),
+            event(1, colour="[str of 3 removed]"),
+        ),
+        (event(1, type="buy"), "$.events[1].type", "Invalid enum value", event(1, type="[str of 3 removed]")),
+        ("not an event", "$.events[1]", "Expected `object`", "[str of 12 removed]"),
+        (None, "$.events[1]", "Expected `object`", "[NoneType removed]"),
     ],
 )
 def test_a_broken_event_is_a_dead_letter_and_its_neighbours_are_rows(
-    broken: object, field: str, rule: str, encoding: str
+    broken: object, field: str, rule: str, kept: object, encoding: str
 ):
     batch = read_encoded([event(0), broken, event(2)], encoding)
     assert [row[0] for row in batch.rows] == [event(0)["event_id"], event(2)["event_id"]]
     (letter,) = batch.dead
     assert letter.field == field
     assert rule in letter.reason
-    assert json.loads(letter.payload) == broken
+    assert json.loads(letter.payload) == kept
 
 
 @pytest.mark.parametrize("user", ["17850", PSEUDONYM + "\n", "p1-" + "0F" * 16, 17850])
@@ -92,13 +100,84 @@ def test_text_that_is_not_utf8_costs_its_own_event_alone(encoding: str):
     assert "utf-8" in letter.reason
 
 
+@pytest.mark.parametrize("encoding", ["json", "msgpack"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"type": "alice@example.com"},
+        {"alice@example.com": 1},
+        {"alice@example.com\n": 1},
+        {"customer": "alice@example.com"},
+        {"customer": {"mail": ["alice@example.com"]}},
+        {"session": "alice@example.com", "item": None},
+        {"context": {"alice@example.com": "alice@example.com"}, "item": None},
+        {"context": "alice@example.com"},
+        {"event_id": "alice@example.com"},
+        {"timestamp_ms": "alice@example.com"},
+        {"schema_version": "alice@example.com"},
+    ],
+)
+def test_no_part_of_a_dead_letter_holds_what_may_be_a_raw_id(changes: dict[str, Any], encoding: str):
+    batch = read_encoded([{**event(), **changes}], encoding)
+    (letter,) = batch.dead
+    assert b"alice" not in letter.payload
+    assert "alice" not in letter.reason + str(letter.field)
+
+
+@pytest.mark.parametrize("encoding", ["json", "msgpack"])
+@pytest.mark.parametrize("change", [{"channel": "app"}, {"item": None}, {"type": "wish"}, {}])
+def test_an_event_of_a_newer_version_is_a_dead_letter_that_says_so(change: dict[str, Any], encoding: str):
+    newer = event(1, schema_version=SCHEMA_VERSION + 1, **change)
+    batch = read_encoded([event(0), newer, event(2)], encoding)
+    assert [row[0] for row in batch.rows] == [event(0)["event_id"], event(2)["event_id"]]
+    (letter,) = batch.dead
+    assert letter.field == "$.events[1].schema_version"
+    assert f"version {SCHEMA_VERSION + 1} is newer than {SCHEMA_VERSION}" in letter.reason
+    assert json.loads(letter.payload)["event_id"] == newer["event_id"]
+
+
+@pytest.mark.parametrize(
+    ("sent", "request_id", "context"),
+    [
+        ({"context": {"request_id": "r-1", "page": "home"}}, "r-1", {"page": "home"}),
+        ({"context": {"request_id": "r-1"}, "schema_version": 1}, "r-1", None),
+        ({"context": {"request_id": "no id"}}, None, {"request_id": "no id"}),
+        ({"context": {"request_id": "old"}, "request_id": "new"}, "new", {"request_id": "old"}),
+        ({}, None, None),
+        # Today's version means what it says: its context is the client's own.
+        ({"context": {"request_id": "r-1"}, "schema_version": 2}, None, {"request_id": "r-1"}),
+        ({"request_id": "r-2", "schema_version": 2}, "r-2", None),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["json", "msgpack"])
+def test_an_event_of_the_first_version_is_upgraded_and_todays_is_taken_as_it_is(
+    sent: dict[str, Any], request_id: str | None, context: dict[str, str] | None, encoding: str
+):
+    batch = read_encoded([event(**sent)], encoding)
+    row = dict(zip(COLUMNS, batch.rows[0], strict=True))
+    assert row["request_id"] == request_id
+    assert (json.loads(str(row["context"])) if row["context"] else None) == context
+    assert row["schema_version"] == SCHEMA_VERSION
+
+
+def test_a_dead_letter_that_is_cut_keeps_no_half_of_a_pseudonym():
+    start = {"type": "buy", "timestamp_ms": 1}
+    for padding in range(60):
+        wide = {"item": "x" * 100, "query": "y" * (100 + padding)}
+        context = {"".join(letters): PSEUDONYM for letters in itertools.product("abcdefgh", repeat=3)}
+        (letter,) = read_encoded([{**start, **wide, "context": context}], "json").dead
+        assert records.DEAD_LETTER_MAX_BYTES - 50 < len(letter.payload) <= records.DEAD_LETTER_MAX_BYTES
+        assert letter.payload.count(b"p1-") == letter.payload.count(PSEUDONYM.encode())
+
+
 def test_an_event_without_a_user_is_an_anonymous_one():
     assert len(records.read(msgspec.json.encode({"events": [event(user=None)]}), msgpack=False).rows) == 1
 
 
 def test_a_dead_letter_is_cut_to_a_bounded_size():
-    batch = records.read(msgspec.json.encode({"events": [event(query="x" * 100_000)]}), msgpack=False)
-    assert len(batch.dead[0].payload) == records.DEAD_LETTER_MAX_BYTES
+    strange = {"".join(letters): "é" * 30 for letters in itertools.product("abcdefgh", repeat=4)}
+    batch = records.read(msgspec.json.encode({"events": [event(**strange)]}), msgpack=False)
+    assert records.DEAD_LETTER_MAX_BYTES - 50 < len(batch.dead[0].payload) <= records.DEAD_LETTER_MAX_BYTES
 
 
 @pytest.mark.parametrize(

@@ -2,20 +2,49 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import pathlib
+import random
+import re
 import sqlite3
+import uuid
+from collections.abc import Iterator
+from typing import TypeVar
 
 import pytest
 
 from workloads.intake import store as store_module
 from workloads.intake.records import Batch, DeadLetter, Row
-from workloads.intake.store import Appended, EventStore, MemoryStore, SqliteStore, StorageFullError, StoreError
+from workloads.intake.store import (
+    IDS_KEPT_MS,
+    Appended,
+    Erased,
+    EventStore,
+    MemoryStore,
+    SqliteStore,
+    Steps,
+    StorageFullError,
+    StoreError,
+    Trimmed,
+)
 
+LONG = os.environ.get("RANKBRIDGE_LONG") == "1"
+T = TypeVar("T")
 NOW = 1_700_000_000_000
 
 
-def row(number: int, item: str = "mug") -> Row:
-    return (f"id-{number}", "click", NOW, None, item, None, None, None, None, None, None, None, 1)
+def name(number: int, moment_ms: int = NOW) -> str:
+    """An event's id: a uuid7 of that moment."""
+    return str(uuid.UUID(f"{moment_ms:012x}70008{number:015x}"))
+
+
+def row(
+    number: int, item: str = "mug", user: str | None = None, context: str | None = None, moment_ms: int = NOW
+) -> Row:
+    event_id = name(number, moment_ms)
+    return (event_id, "click", moment_ms, user, item, None, None, None, None, None, None, context, None, 2)
 
 
 def batch(*numbers: int, dead: int = 0) -> Batch:
@@ -29,21 +58,21 @@ def path(tmp_path: pathlib.Path) -> pathlib.Path:
 
 def ids(path: pathlib.Path) -> list[str]:
     with sqlite3.connect(path) as connection:
-        found = [name for (name,) in connection.execute("SELECT event_id FROM events ORDER BY seq")]
+        found = [event_id for (event_id,) in connection.execute("SELECT event_id FROM events ORDER BY seq")]
     connection.close()
     return found
 
 
 def test_the_settings_read_back_are_durable_ones(path: pathlib.Path):
     store = SqliteStore(path)
-    assert store.settings() == {"journal_mode": "wal", "synchronous": 2}
+    assert store.settings() == {"journal_mode": "wal", "synchronous": 2, "secure_delete": 1}
     store.close()
 
 
 def test_appended_rows_are_in_the_file_while_the_store_is_open(path: pathlib.Path):
     store = SqliteStore(path)
     assert store.append([batch(1, 2), batch(3)], NOW) == [Appended(2, 0, 0), Appended(1, 0, 0)]
-    assert ids(path) == ["id-1", "id-2", "id-3"]
+    assert ids(path) == [name(1), name(2), name(3)]
     store.close()
 
 
@@ -89,7 +118,7 @@ def test_a_full_disk_stores_nothing_of_the_group_and_recovers_when_there_is_room
     connection.execute(f"PRAGMA max_page_count={pages}")
     with pytest.raises(StorageFullError, match="full"):
         store.append([batch(2), Batch([row(number, item="x" * 100) for number in range(3, 300)], [])], NOW)
-    assert ids(path) == ["id-1"]
+    assert ids(path) == [name(1)]
     connection.execute("PRAGMA max_page_count=1000000")
     assert store.append([batch(2)], NOW) == [Appended(1, 0, 0)]
     store.close()
@@ -101,7 +130,7 @@ def test_a_row_that_sqlite_cannot_hold_costs_the_next_group_nothing(path: pathli
     with pytest.raises(OverflowError):
         store.append([batch(1), Batch([impossible], [])], NOW)
     assert store.append([batch(3)], NOW) == [Appended(1, 0, 0)]
-    assert ids(path) == ["id-3"]
+    assert ids(path) == [name(3)]
     store.close()
 
 
@@ -173,3 +202,207 @@ def test_a_file_of_a_newer_schema_is_refused(path: pathlib.Path):
     connection.close()
     with pytest.raises(StoreError, match="schema 99"):
         SqliteStore(path)
+
+
+FIRST_SCHEMA = """
+CREATE TABLE events (
+  seq INTEGER PRIMARY KEY, event_id TEXT NOT NULL UNIQUE, type TEXT NOT NULL, timestamp_ms INTEGER NOT NULL,
+  user TEXT, item TEXT, session TEXT, query TEXT, position INTEGER, quantity INTEGER, price REAL, rating REAL,
+  context TEXT, schema_version INTEGER NOT NULL, received_ms INTEGER NOT NULL
+);
+CREATE TABLE dead_letters (
+  seq INTEGER PRIMARY KEY, received_ms INTEGER NOT NULL, reason TEXT NOT NULL, field TEXT, payload BLOB NOT NULL
+);
+CREATE TABLE probe (id INTEGER PRIMARY KEY, moment INTEGER NOT NULL);
+PRAGMA user_version=1;
+"""
+
+
+def run(steps: Steps[T]) -> T:
+    """All steps of long work, and what comes of it."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            done: T = end.value
+            return done
+
+
+def person(number: int) -> str:
+    return f"p1-{hashlib.sha256(str(number).encode()).hexdigest()[:32]}"
+
+
+def raw_bytes(path: pathlib.Path) -> bytes:
+    """What a thief of the disk reads."""
+    return b"".join(file.read_bytes() for file in sorted(path.parent.iterdir()))
+
+
+def test_a_file_of_the_first_schema_keeps_its_events_their_numbers_and_knows_their_ids(path: pathlib.Path):
+    path.parent.mkdir()
+    with sqlite3.connect(path) as earlier:
+        earlier.executescript(FIRST_SCHEMA)
+        for seq, number in ((1, 11), (2, 12), (5, 15)):
+            earlier.execute(
+                "INSERT INTO events (seq, event_id, type, timestamp_ms, schema_version, received_ms)"
+                " VALUES (?, ?, 'view', 1, 1, 2)",
+                (seq, name(number)),
+            )
+    earlier.close()
+    store = SqliteStore(path)
+    assert store.append([batch(12, 16)], NOW) == [Appended(1, 1, 0)]
+    store.close()
+    with sqlite3.connect(path) as reader:
+        rows = reader.execute("SELECT seq, event_id, request_id FROM events ORDER BY seq").fetchall()
+    reader.close()
+    assert rows == [(1, name(11), None), (2, name(12), None), (5, name(15), None), (6, name(16), None)]
+    SqliteStore(path).close()
+
+
+def test_a_number_is_never_given_twice_even_when_all_rows_are_gone(path: pathlib.Path):
+    store = SqliteStore(path)
+    store.append([Batch([row(1, user=person(1)), row(2, user=person(1))], [])], NOW)
+    assert run(store.erase(frozenset({person(1)}))) == Erased(2, 0)
+    store.append([batch(3)], NOW)
+    assert run(store.trim(3, NOW + 1, NOW)) == Trimmed(1, 3, 3)
+    store.close()
+    store = SqliteStore(path)
+    store.append([batch(4)], NOW)
+    with sqlite3.connect(path) as reader:
+        assert reader.execute("SELECT seq, event_id FROM events").fetchall() == [(4, name(4))]
+    reader.close()
+    store.close()
+
+
+def test_a_trim_removes_the_beginning_up_to_the_number_and_the_retention(path: pathlib.Path):
+    store = SqliteStore(path)
+    for number in range(1, 7):
+        store.append([batch(number)], NOW + number)
+    assert run(store.trim(2, NOW + 100, NOW)) == Trimmed(2, 2, 6)
+    assert run(store.trim(6, NOW + 5, NOW)) == Trimmed(2, 4, 6)  # the fifth arrived at the moment that stays
+    assert run(store.trim(1, NOW + 100, NOW)) == Trimmed(0, 4, 6)
+    assert ids(path) == [name(5), name(6)]
+    store.close()
+
+
+def test_a_trim_in_chunks_removes_no_less(path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(store_module, "CHUNK", 10)
+    store = SqliteStore(path)
+    store.append([batch(*range(100))], NOW)
+    assert run(store.trim(95, NOW + 1, NOW + 2 * IDS_KEPT_MS)) == Trimmed(95, 95, 100)
+    assert store.append([batch(*range(100))], NOW) == [Appended(95, 5, 0)]  # beyond the window they are new again
+    store.close()
+
+
+def test_an_id_outlives_its_row_for_the_window_and_is_known_while_the_row_is_here(path: pathlib.Path):
+    store = SqliteStore(path)
+    old, young, ahead = NOW - IDS_KEPT_MS - 1, NOW - IDS_KEPT_MS, NOW + 10 * IDS_KEPT_MS
+    rows = [row(number, moment_ms=moment) for number, moment in enumerate((old, young, ahead, old))]
+    store.append([Batch(rows, [])], NOW)
+    assert run(store.trim(3, NOW + 1, NOW)).events == 3
+    # Of the trimmed ones only the one within the window is known; the last has its row, so that its age is no matter.
+    assert store.append([Batch(rows, [])], NOW) == [Appended(2, 2, 0)]
+    store.close()
+
+
+def test_an_erased_event_that_is_sent_again_does_not_come_back(path: pathlib.Path):
+    store = SqliteStore(path)
+    store.append([Batch([row(1, user=person(1)), row(2, user=person(2))], [])], NOW)
+    assert run(store.erase(frozenset({person(1)}))) == Erased(1, 0)
+    assert store.append([Batch([row(1, user=person(1))], [])], NOW) == [Appended(0, 1, 0)]
+    assert ids(path) == [name(2)]
+    store.close()
+
+
+def test_an_erasure_finds_a_person_wherever_an_event_names_one(path: pathlib.Path):
+    store = SqliteStore(path)
+    context = f'{{"who":"{person(1)}"}}'
+    letter = DeadLetter("r", "$.f", f'{{"user":"{person(1)}"}}'.encode())
+    other = DeadLetter("r", "$.f", f'{{"user":"{person(2)}", "cut'.encode() + "é".encode()[:1])
+    rows = [row(1, user=person(1)), row(2, context=context), row(3, user=person(2)), row(4)]
+    store.append([Batch(rows, [letter, other])], NOW)
+    assert run(store.erase(frozenset({person(1), person(9)}))) == Erased(2, 1)
+    assert run(store.erase(frozenset({person(1)}))) == Erased(0, 0)
+    assert ids(path) == [name(3), name(4)]
+    assert person(1)[:20].encode() not in raw_bytes(path)
+    assert person(2).encode() in raw_bytes(path)
+    store.close()
+
+
+def test_an_erasure_covers_what_arrives_between_its_steps(path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(store_module, "CHUNK", 5)
+    store = SqliteStore(path)
+    store.append([Batch([row(number, user=person(number % 2)) for number in range(30)], [])], NOW)
+    erasure = store.erase(frozenset({person(1)}))
+    next(erasure)
+    store.append([Batch([row(100, user=person(1)), row(101, user=person(2))], [])], NOW)
+    assert run(erasure) == Erased(16, 0)
+    assert person(1).encode() not in raw_bytes(path)
+    store.close()
+
+
+def people_come_and_leave(path: pathlib.Path, seed: int) -> Iterator[set[bytes]]:
+    """Events, erasures and trims; after each erasure the names of those who left that are still on disk."""
+    draw = random.Random(seed)
+    store = SqliteStore(path)
+    here, gone = list(range(300)), set[int]()
+    number = 0
+    for step in range(20):
+        rows = []
+        for _ in range(400):
+            number += 1
+            context = json.dumps({"note": "x" * draw.choice((0, 10, 300, 6000))}) if draw.random() < 0.3 else None
+            rows.append(row(number, user=person(draw.choice(here)), context=context))
+        store.append([Batch(rows, [])], NOW + step)
+        leaving = set(draw.sample(here, 4))
+        here, gone = [one for one in here if one not in leaving], gone | leaving
+        run(store.erase(frozenset(map(person, leaving))))
+        if step % 7 == 3:
+            run(store.trim(number - draw.randint(1000, 6000), NOW + step, NOW))
+        yield {person(one)[3:].encode() for one in gone} & set(re.findall(rb"[0-9a-f]{32}", raw_bytes(path)))
+    store.close()
+
+
+@pytest.mark.parametrize("seed", range(20 if LONG else 2))
+def test_after_many_erasures_no_byte_on_disk_names_anybody_who_left(path: pathlib.Path, seed: int):
+    assert not any(people_come_and_leave(path, seed))
+
+
+def test_without_its_search_an_erasure_would_leave_names_between_the_cells(
+    path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    def find_nothing(_: SqliteStore, __: frozenset[bytes]) -> Steps[bool]:
+        yield
+        return False
+
+    monkeypatch.setattr(SqliteStore, "_search", find_nothing)
+    assert any(any(people_come_and_leave(path.with_name(f"{seed}") / "e.sqlite", seed)) for seed in range(5))
+
+
+def test_a_reader_of_older_rows_delays_an_erasure_and_is_named_when_it_stays(
+    path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(store_module, "READERS_WAIT_S", 0.05)
+    store = SqliteStore(path)
+    store.append([Batch([row(1, user=person(1)), row(2)], [])], NOW)
+    reader = sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT count(*) FROM events").fetchone()
+    with pytest.raises(StoreError, match="reader has held"):
+        run(store.erase(frozenset({person(1)})))
+    assert store.append([batch(3)], NOW) == [Appended(1, 0, 0)]
+    reader.close()
+    assert run(store.erase(frozenset({person(1)}))) == Erased(0, 0)
+    assert person(1).encode() not in raw_bytes(path)
+    store.close()
+
+
+def test_what_a_trim_freed_is_room_for_the_next_events(path: pathlib.Path):
+    store = SqliteStore(path)
+    store.append([Batch([row(number, context="x" * 500) for number in range(2000)], [])], NOW)
+    assert store.reusable_bytes() == 0
+    run(store.trim(2000, NOW + 1, NOW))
+    freed = store.reusable_bytes()
+    assert freed > 500_000
+    store.append([Batch([row(number, context="x" * 500) for number in range(3000, 4000)], [])], NOW)
+    assert store.reusable_bytes() < freed - 300_000
+    store.close()

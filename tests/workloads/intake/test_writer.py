@@ -10,7 +10,7 @@ import pytest
 
 from workloads.intake.records import Batch
 from workloads.intake.store import Appended, MemoryStore, StorageFullError, StoreError
-from workloads.intake.writer import BusyError, Writer
+from workloads.intake.writer import BusyError, StoppingError, Writer
 
 
 def batch(*numbers: int) -> Batch:
@@ -92,6 +92,46 @@ async def test_a_full_queue_turns_callers_away_and_keeps_what_it_took(store: Gat
     await asyncio.gather(*taken)
     assert len(store.events) == 11
     assert await writer.append(batch(99)) == Appended(1, 0, 0)
+
+
+async def test_a_full_queue_takes_callers_again_once_half_of_it_is_written(store: GatedStore):
+    writer = Writer(lambda: store, pending_events_max=8, group_events=1)
+    await writer.start()
+    taken = [asyncio.create_task(writer.append(batch(0)))]
+    await reached(store.entered)
+    taken += [asyncio.create_task(writer.append(batch(number))) for number in range(1, 9)]
+    await asyncio.sleep(0)
+    with pytest.raises(BusyError, match="wait for the disk") as told:
+        await writer.append(batch(99))
+    assert told.value.retry_after_s >= 1
+    assert "queue" in writer.pressure()
+    store.gate.set()
+    await asyncio.gather(*taken)
+    assert writer.pressure() == {}
+    assert (await writer.append(batch(200))).accepted == 1
+    await writer.stop()
+
+
+async def test_events_are_acknowledged_between_the_steps_of_an_erasure(store: GatedStore, writer: Writer):
+    store.gate.set()
+    for number in range(6):
+        await writer.append(Batch([(f"id-{number}", "p1")], []))
+    erasure = asyncio.create_task(writer.erase(frozenset({"p1"})))
+    while not erasure.done():
+        await writer.append(batch(100 + len(store.groups)))
+    assert (await erasure).events == 6
+    between = "".join(step[0] for step in store.steps)
+    assert "eo" in between  # an event went to disk while the erasure was under way
+
+
+async def test_a_fault_of_an_erasure_is_told_to_who_asked_and_the_next_one_goes_on(store: GatedStore, writer: Writer):
+    store.gate.set()
+    store.fail_with = StoreError("gone")
+    with pytest.raises(StoreError, match="gone"):
+        await writer.erase(frozenset({"p1"}))
+    store.fail_with = None
+    assert (await writer.erase(frozenset({"p1"}))).events == 0
+    assert (await writer.trim(5, 0)).events == 0
 
 
 async def test_a_batch_larger_than_the_queue_is_taken_when_nothing_waits(store: GatedStore, writer: Writer):
@@ -189,7 +229,7 @@ async def test_a_stop_writes_what_waits_and_closes_the_store(store: GatedStore):
     await reached(store.entered)
     stopped = asyncio.create_task(writer.stop())
     await asyncio.sleep(0)
-    with pytest.raises(BusyError):
+    with pytest.raises(StoppingError):
         await writer.append(batch(9))
     store.gate.set()
     assert await asyncio.gather(*answers) == [Appended(1, 0, 0)] * 3
