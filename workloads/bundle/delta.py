@@ -6,8 +6,10 @@ of the new items in the contract's tables, without row 0. The id is the sha256 o
 are canonical. New items follow the items that were there: the first has index `first_index`. Neighbours
 are indices, too, and may point to any item up to the delta's own last.
 
-A delta adds items and changes none. It knows neither signatures (`workloads.bundle.signature`) nor how vectors
-are made (`workloads.delta`); `workloads.bundle.store.open_bundle` puts a chain on top of its bundle.
+A delta adds items and changes no facts of those before. Items that it names as neighbours get its items as neighbours
+in turn (`mutual_neighbours`), or nobody would come to them from there. It knows neither signatures
+(`workloads.bundle.signature`) nor how vectors are made (`workloads.delta`); `workloads.bundle.store.open_bundle`
+puts a chain on top of its bundle.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 SCHEMA_VERSION: Final = 1
 DELTA_MANIFEST: Final = "delta.json"
 FILES: Final = frozenset({m.CATALOGUE, m.ITEM_TABLES_FILE})
+NEW_NEIGHBOURS: Final = 10
+"""Places of an item's neighbours that new items may take: the last ones of those learned from people."""
 MANIFEST_MAX: Final = 1 << 16
 """Bytes; ours are below 1 KB."""
 
@@ -219,6 +223,33 @@ def find_chain(deltas: Path, bundle: str, number: int) -> list[Path]:
             raise LookupError(f"{path} is not there, and {chain[0].name} stands on it")
         chain = [path, *chain]
     return chain
+
+
+def mutual_neighbours(neighbours: Array, scores: Array, known: int) -> None:
+    """Let items that new ones (indices beyond `known`) name as neighbours name them in turn, in place.
+
+    Both are tables [N+1, NEIGHBOURS], best first. A pair has one score both ways; learned neighbours win ties. An
+    item takes its best `NEW_NEIGHBOURS` at most, so that no flood of new items drives out what people taught.
+    """
+    new = np.repeat(np.arange(known + 1, len(neighbours), dtype=neighbours.dtype), neighbours.shape[1])
+    named, score = neighbours[known + 1 :].ravel(), scores[known + 1 :].ravel()
+    new, named, score = (values[(named != PAD) & (score > 0)] for values in (new, named, score))
+    present = (neighbours[named] == new[:, None]).any(axis=1)
+    new, named, score = new[~present], named[~present], score[~present]
+    order = np.lexsort((new, -score, named))
+    new, named, score = new[order], named[order], score[order]
+    rows, starts, counts = np.unique(named, return_index=True, return_counts=True)
+    place = np.arange(len(named)) - np.repeat(starts, counts)
+    row = np.repeat(np.arange(len(rows)), counts)
+    kept = place < NEW_NEIGHBOURS
+    more = np.full((len(rows), NEW_NEIGHBOURS), PAD, dtype=neighbours.dtype)
+    more_scores = np.full((len(rows), NEW_NEIGHBOURS), -1.0, dtype=scores.dtype)  # below PAD's 0: always cut off
+    more[row[kept], place[kept]], more_scores[row[kept], place[kept]] = new[kept], score[kept]
+    joined = np.concatenate([neighbours[rows], more], axis=1)
+    joined_scores = np.concatenate([scores[rows], more_scores], axis=1)
+    best = np.argsort(-joined_scores, axis=1, kind="stable")[:, : neighbours.shape[1]]
+    neighbours[rows] = np.take_along_axis(joined, best, axis=1)
+    scores[rows] = np.take_along_axis(joined_scores, best, axis=1)
 
 
 def catalogue_schema() -> pa.Schema:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from workloads.bundle import manifest as m
-from workloads.bundle.delta import DELTA_MANIFEST, Delta, DeltaFacts, DeltaFault, open_delta
+from workloads.bundle.delta import DELTA_MANIFEST, Delta, DeltaFacts, DeltaFault, mutual_neighbours, open_delta
 from workloads.bundle.incoming import file_entry, incoming_directory, publish_directory
 from workloads.bundle.tables import Array, open_tables
 from workloads.bundle.verification import BundleFault, check_content, read_features, read_manifest, verify
@@ -201,7 +201,9 @@ def _with_deltas(bundle: Bundle, paths: Sequence[Path]) -> Bundle:
     tables: dict[str, Array] = {}
     for name, table in bundle.tables.items():
         tables[name] = np.concatenate([one.view(np.ndarray) for one in (table, *(d.tables[name] for d in deltas))])
-        tables[name].flags.writeable = False
+    mutual_neighbours(tables["neighbours"], tables["neighbour_scores"], bundle.base_items)
+    for table in tables.values():
+        table.flags.writeable = False
     return dataclasses.replace(bundle, tables=tables, item_ids=item_ids, index=index, deltas=tuple(deltas))
 
 
