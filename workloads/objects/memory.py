@@ -14,7 +14,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import BinaryIO, TypeVar
+from typing import TypeVar
 
 from workloads.objects.store import (
     Conflict,
@@ -27,6 +27,7 @@ from workloads.objects.store import (
     NotFound,
     Part,
     Put,
+    Sink,
     Unavailable,
     check,
 )
@@ -123,7 +124,7 @@ class MemoryObjects:
 
         return self._call("get_range", key, run)
 
-    def download(self, key: str, file: BinaryIO, *, sha256: str | None = None) -> Head:
+    def download(self, key: str, file: Sink, *, sha256: str | None = None) -> Head:
         """See ObjectStore."""
 
         def run(altered: bool) -> Head:  # noqa: FBT001 - as above
@@ -145,8 +146,7 @@ class MemoryObjects:
 
         def run(_altered: bool) -> Put:  # noqa: FBT001 - as above
             if key not in self._versions:
-                version = self._store(key, data)
-                return Put(version.etag, existed=False, modified_ms=version.modified_ms)
+                return Put(self._store(key, data).etag, existed=False)
             there = self._current(key)
             if there.data != data:
                 raise Conflict(key, f"{key} is there already, with other bytes")

@@ -14,10 +14,17 @@ import datetime
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 Content = bytes | Path
 """What is stored: bytes, or a file that is read while it is sent."""
+
+
+class Sink(Protocol):
+    """What a download is written to: a file that is open for writing bytes."""
+
+    def write(self, data: bytes, /) -> object:
+        """Take the next bytes."""
 
 
 class ObjectsError(Exception):
@@ -122,8 +129,8 @@ class Put:
     etag: str
     existed: bool
     """The same bytes were there already."""
-    modified_ms: int
-    """When what is there now was written."""
+    modified_ms: int = 0
+    """When those were written; 0 where there was nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +151,7 @@ class ObjectStore(Protocol):
     def get_range(self, key: str, start: int, length: int) -> bytes:
         """`length` bytes from `start`, fewer where the object ends. Raises NotFound."""
 
-    def download(self, key: str, file: BinaryIO, *, sha256: str | None = None) -> Head:
+    def download(self, key: str, file: Sink, *, sha256: str | None = None) -> Head:
         """Stream an object into `file`, from where that stands. Raises NotFound; Damaged (the bytes are in `file`)."""
 
     def head(self, key: str) -> Head:
@@ -211,16 +218,16 @@ def check(key: str, data: bytes, sha256: str | None) -> bytes:
 class Digesting:
     """A sink that hands bytes on to a file and digests them on the way."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: Sink) -> None:
         self._file = file
         self._sha256 = hashlib.sha256()
         self.size = 0
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: bytes, /) -> None:
         """Take the next bytes."""
         self._sha256.update(data)
         self.size += len(data)
-        return self._file.write(data)
+        self._file.write(data)
 
     def check(self, key: str, sha256: str | None) -> None:
         """Raises Damaged when what came has another digest."""
