@@ -72,12 +72,15 @@ class Fetch:
         """Everything of a release into `target`, its signature beside it; checked. What is there and right stays."""
         data = manifest_bytes(self._objects, form, identity)
         signature = self._signature(form, identity)
-        self._trust.signer(signature, form.signature_key(identity))
+        statement = self._trust.statement(signature, form.signature_key(identity))
         target.mkdir(exist_ok=True)
         _write(target / form.manifest, data)
         _write(signature_path(target), signature)
         form.read(target)  # before any name in it is used
         files = msgspec.json.decode(data, type=Files).files
+        if statement.files != {name: entry.sha256 for name, entry in files.items()} | {form.manifest: identity}:
+            fault = f"is not of the files that {form.named(identity)} names"
+            raise SignatureFault(form.signature_key(identity), fault, f"publish the {form.word} again, signed")
         wanted = [name for name, entry in sorted(files.items()) if not _is(target / name, entry)]
         need, free = sum(files[name].size for name in wanted), shutil.disk_usage(target).free
         if need > free - MARGIN_BYTES:

@@ -340,10 +340,12 @@ class Registry:
             signature = self.objects.get(key).data
         except NotFound:
             raise NotPublished(form.named(identity), "it has no signature") from None
-        self.trust.signer(signature, key)
+        statement = self.trust.statement(signature, key)
         named = read_files(self.objects, form, identity)
         if named is None:
             raise NotPublished(form.named(identity), "it has no manifest that is its own")
+        if statement.files.get(form.manifest) != identity:
+            raise SignatureFault(key, f"is not of {form.named(identity)}", "publish it again, signed")
 
         def fault(name: str) -> str | None:
             try:

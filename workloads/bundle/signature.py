@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import msgspec
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 SIGNATURE_SUFFIX: Final = ".sig"
@@ -56,6 +56,15 @@ class Signer:
     name: str
     """Name of the key's file in the folder of trust, without its suffix."""
     fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Statement:
+    """What somebody trusted has signed: a directory's name, and the sha256 of each of its files."""
+
+    signer: Signer
+    name: str
+    files: Mapping[str, str]
 
 
 class Trust:
@@ -100,6 +109,32 @@ class Trust:
                 "if that signer is to be trusted, put its .pub there; if not, find out who published this",
             )
         return Signer(self._keys[fingerprint][0], fingerprint)
+
+    def statement(self, signature: bytes, name: str) -> Statement:
+        """What a signature says, its signer's key held against it; files are not looked at. `name` as in `signer`.
+
+        So that a forged signature is refused before anything is fetched. Raises SignatureFault.
+        """
+        signer = self.signer(signature, name)
+        try:
+            envelope = msgspec.json.decode(signature, type=_Sidecar).dsse_envelope
+            payload = base64.b64decode(envelope.payload, validate=True)
+            proof = base64.b64decode(envelope.signatures[0].sig, validate=True)
+            key = serialization.load_pem_public_key(self.pem(signer.fingerprint))
+            if not isinstance(key, ec.EllipticCurvePublicKey):
+                raise SignatureFault(name, "is by a key of another kind", _REMEDY)
+            # What is signed is the payload in the envelope of https://github.com/secure-systems-lab/dsse, version 1.
+            signed = b"DSSEv1 %d %s %d %s" % (len(_PAYLOAD), _PAYLOAD, len(payload), payload)
+            key.verify(proof, signed, ec.ECDSA(hashes.SHA256()))
+            statement = msgspec.json.decode(payload, type=_Payload)
+        except InvalidSignature:
+            raise SignatureFault(name, f"was not made with the key {signer.fingerprint}", _REMEDY) from None
+        except (msgspec.DecodeError, UnicodeDecodeError, binascii.Error, IndexError) as error:
+            raise SignatureFault(name, f"holds no signed statement ({error})", _REMEDY) from None
+        if len(statement.subject) != 1:
+            raise SignatureFault(name, f"is of {len(statement.subject)} directories, not of one", _REMEDY)
+        files = {one.name: one.digest for one in statement.predicate.resources if one.algorithm == "sha256"}
+        return Statement(signer, statement.subject[0].name, files)
 
     def pem(self, fingerprint: str) -> bytes:
         """A trusted key."""
@@ -179,8 +214,11 @@ def verify_signature(directory: Path, signature: Path, trust: Trust, *, name: st
         raise SignatureFault(
             signature, f"is missing ({error.strerror})", "sign the bundle and publish it again"
         ) from None
-    signer = trust.signer(data, str(signature))
-    _check_subject(data, name or directory.name, signature)
+    statement = trust.statement(data, str(signature))
+    signer = statement.signer
+    if statement.name != (name or directory.name):
+        # Bytes that are right under another name are still not what was signed.
+        raise SignatureFault(signature, f"is of {statement.name}, not of {name or directory.name}", _REMEDY)
     from model_signing import hashing, verifying  # noqa: PLC0415 - as in sign
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -213,12 +251,17 @@ class _Material(msgspec.Struct, frozen=True, rename="camel"):
     public_key: _PublicKey
 
 
+class _Proof(msgspec.Struct, frozen=True):
+    sig: str
+
+
 class _Envelope(msgspec.Struct, frozen=True):
     payload: str
+    signatures: list[_Proof]
 
 
 class _Sidecar(msgspec.Struct, frozen=True, rename="camel"):
-    """What is read of a signature (sigstore bundle v0.3) before it is verified."""
+    """A signature: a sigstore bundle v0.3 around a DSSE envelope."""
 
     verification_material: _Material
     dsse_envelope: _Envelope
@@ -228,8 +271,24 @@ class _Subject(msgspec.Struct, frozen=True):
     name: str
 
 
-class _Statement(msgspec.Struct, frozen=True):
+class _Resource(msgspec.Struct, frozen=True):
+    name: str
+    digest: str
+    algorithm: str
+
+
+class _Predicate(msgspec.Struct, frozen=True):
+    resources: list[_Resource]
+
+
+class _Payload(msgspec.Struct, frozen=True):
+    """An in-toto statement of https://model_signing/signature/v1.0."""
+
     subject: list[_Subject]
+    predicate: _Predicate
+
+
+_PAYLOAD: Final = b"application/vnd.in-toto+json"
 
 
 def _hint(signature: bytes, name: str) -> str:
@@ -241,17 +300,6 @@ def _hint(signature: bytes, name: str) -> str:
         raise SignatureFault(
             name, f"is no signature by a key ({error})", "sign the bundle and publish it again"
         ) from None
-
-
-def _check_subject(signature: bytes, directory: str, name: Path) -> None:
-    """A signature is of one name: that of a bundle does not pass for another's, whatever the bytes."""
-    try:
-        payload = base64.b64decode(msgspec.json.decode(signature, type=_Sidecar).dsse_envelope.payload, validate=True)
-        subjects = [one.name for one in msgspec.json.decode(payload, type=_Statement).subject]
-    except (msgspec.DecodeError, UnicodeDecodeError, binascii.Error) as error:
-        raise SignatureFault(name, f"holds no statement ({error})", _REMEDY) from None
-    if subjects != [directory]:
-        raise SignatureFault(name, f"is of {', '.join(subjects) or 'nothing'}, not of {directory}", _REMEDY)
 
 
 def _private(path: Path, password: str | None) -> ec.EllipticCurvePrivateKey:
