@@ -41,7 +41,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     defaults = SimulatorConfig()
     parser = argparse.ArgumentParser(prog="python -m workloads.data", description=__doc__)
     parser.add_argument(
-        "--source", required=True, help="simulator | online-retail=PATH | sequences=PATH | events=PATH (CSV or Parquet)"
+        "--source",
+        required=True,
+        help="simulator | online-retail=PATH | sequences=PATH | events=PATH (CSV or Parquet) | lake[=ORIGIN]",
     )
     parser.add_argument("--home", type=Path, required=True, help="the product's state directory, .rankbridge")
     parser.add_argument("--users", type=int, default=defaults.users, help="simulator: number of people")
@@ -74,7 +76,7 @@ def _request(arguments: argparse.Namespace) -> Request:
         raise SourceError(
             "the simulator takes no file", "say --source simulator, with --users, --items, --events, --seed"
         )
-    if kind != "simulator" and not path:
+    if kind not in ("simulator", "lake") and not path:
         raise SourceError(f"source {kind} needs a file", f"say --source {kind}=PATH")
     share = arguments.max_bad_share
     if math.isnan(share) or not 0 <= share <= 1:
@@ -97,7 +99,8 @@ def _request(arguments: argparse.Namespace) -> Request:
         raise SourceError(str(error), "choose a size within the range") from None
     return Request(
         kind=cast("SourceKind", kind),
-        path=Path(path) if path else None,
+        path=arguments.home / "onprem" / "lake" if kind == "lake" else Path(path) if path else None,
+        origin=path if kind == "lake" else "",
         simulation=simulation,
         columns=columns,
         max_bad_share=share,

@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 
 from workloads.contract.events import POSITIVE_TYPES, Event
-from workloads.data import adapters, simulator
+from workloads.data import adapters, lake_source, simulator
 from workloads.data.cleaning import RuleCount, drop_repeats, drop_unknown_items, drop_unseen_items
 from workloads.data.dataset import DatasetMeta, FaultSummary, find_prepared, read_meta, write_dataset
 from workloads.data.events import POSITIVE, EventLog, RowFaults, TooManyFaultsError
@@ -30,14 +30,14 @@ from workloads.privacy import pseudonym
 from workloads.privacy.pseudonym import FIRST_EPOCH, KeyFileError, PseudonymKey, read_or_create_key
 from workloads.telemetry.progress import Progress
 
-SourceKind = Literal["simulator", "online-retail", "sequences", "events"]
+SourceKind = Literal["simulator", "online-retail", "sequences", "events", "lake"]
 USERS_SAMPLE: Final = 2000
 VALIDATION_SHARE: Final = 0.1
 TEST_SHARE: Final = 0.1
 
 _SHAPING: Final = (
-    "adapters", "cleaning", "dataset", "events", "preparation", "profile_builder", "profiles",
-    "reading", "simulator", "split", "truth", "vocabulary",
+    "adapters", "cleaning", "dataset", "events", "lake_source", "preparation", "profile_builder",
+    "profiles", "reading", "simulator", "split", "truth", "vocabulary",
 )  # fmt: skip
 """Modules whose code decides what comes out: a change in one makes what was prepared before stale."""
 
@@ -51,6 +51,8 @@ class Request:
     simulation: simulator.SimulatorConfig = field(default_factory=simulator.SimulatorConfig)
     columns: Mapping[str, str] | None = None
     max_bad_share: float = adapters.DEFAULT_MAX_BAD_SHARE
+    origin: str = ""
+    """lake: the data set whose catalogue counts; `path` is the lake's folder."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def prepare(request: Request, home: Path, progress: Progress, *, again: bool = F
     progress.step("split", 1, 1)
 
     raw_users = log.frame.filter(pl.col("type").is_in(POSITIVE))["user"].drop_nulls().unique().sort()
-    hidden = _pseudonymised(log, key)
+    hidden = log if source.pseudonymous else _pseudonymised(log, key)
     progress.step("pseudonyms", 1, 1, "users", users=len(raw_users))
     truth = source.truth
     dataset = write_dataset(
@@ -153,7 +155,10 @@ def prepare(request: Request, home: Path, progress: Progress, *, again: bool = F
     )
     progress.step("write", 1, 1, "data set", events=len(hidden))
     report = _write_fault_report(places.fault_reports / f"{dataset.path.name}.jsonl", source.faults)
-    _write_users_sample(places.users_sample, raw_users, seed=digest)
+    if not source.pseudonymous:
+        _write_users_sample(places.users_sample, raw_users, seed=digest)
+    elif not places.users_sample.exists():
+        _write_users_sample(places.users_sample, raw_users.clear(), seed=digest)  # the lake knows no raw id
     write_profiles(places.profiles, build_profiles(hidden), {"dataset": dataset.path.name})
     _write_private(places.mark, msgspec.json.encode(_mark(places, dataset.path.name)))
     progress.step("profiles", 1, 1, "users", users=len(raw_users))
@@ -181,6 +186,8 @@ def _load(request: Request, progress: Progress) -> SourceData:
     if request.path is None:
         raise SourceError(f"source {request.kind} needs a file", f"say {request.kind}=PATH")
     share = request.max_bad_share
+    if request.kind == "lake":
+        return lake_source.load_lake(request.path, request.origin, note)
     if request.kind == "online-retail":
         return adapters.load_online_retail(request.path, max_bad_share=share, note=note)
     if request.kind == "sequences":
@@ -223,7 +230,11 @@ def _input_digest(request: Request, key: PseudonymKey) -> str:
     digest = hashlib.sha256()
     facts = {
         "kind": request.kind,
-        "file": None if request.path is None else [request.path.name, file_digest(request.path)],
+        "file": None
+        if request.path is None
+        else lake_source.state(request.path, request.origin)
+        if request.kind == "lake"
+        else [request.path.name, file_digest(request.path)],
         "simulation": msgspec.to_builtins(request.simulation) if request.kind == "simulator" else None,
         "columns": dict(request.columns or {}),
         "max_bad_share": request.max_bad_share,

@@ -31,3 +31,5 @@ class SourceData:
     """Given where the source itself says what is train and what is test."""
     truth: Truth | None = None
     parameters: dict[str, int | float | str] = field(default_factory=dict)
+    pseudonymous: bool = False
+    """Whether users and sessions are pseudonyms already, and stay as they are."""
