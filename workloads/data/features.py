@@ -242,6 +242,25 @@ def stand_ins(items: Ints, neighbours: Ints, known: int) -> Ints:
     return models_items
 
 
+def category_affinity(state: UserState, tables: ItemTables) -> npt.NDArray[np.float64]:
+    """The feature `category_share`: each category's share in the touches' weights, [categories + 1]; 0 is unknown."""
+    weight = touch_weights(state.strength, state.age_hours)
+    total = float(weight.sum()) or 1.0
+    categories = int(tables.category.max(initial=0)) + 1
+    share: npt.NDArray[np.float64] = (
+        np.bincount(tables.category[state.items], weights=weight, minlength=categories) / total
+    )
+    return share
+
+
+def price_taste(state: UserState, tables: ItemTables) -> float:
+    """The feature `price_taste`: mean log(1 + price) of the touches by their weights; NaN without any."""
+    if not len(state.items):
+        return float("nan")
+    weight = touch_weights(state.strength, state.age_hours)
+    return float(weight @ np.log1p(tables.price[state.items])) / (float(weight.sum()) or 1.0)
+
+
 def rank_features(
     state: UserState, candidates: Candidates, tables: ItemTables, schema: FeatureSchema
 ) -> tuple[npt.NDArray[np.int64], Floats]:
@@ -270,8 +289,7 @@ def raw_features(
     last = int(stand_ins(state.items[-1:], tables.neighbours, known)[0]) if length else PAD
     weight = touch_weights(state.strength, state.age_hours)
     total = float(weight.sum()) or 1.0
-    history_category = tables.category[state.items]
-    affinity = np.bincount(history_category, weights=weight, minlength=int(tables.category.max(initial=0)) + 1) / total
+    affinity = category_affinity(state, tables)
 
     sparse = np.empty((len(items), len(RANKER_SPARSE)), dtype=np.int64)
     for column, values in zip(
@@ -289,7 +307,7 @@ def raw_features(
         column[:] = values
 
     price = np.log1p(tables.price[items])
-    taste = float(weight @ np.log1p(tables.price[state.items])) / total if length else float("nan")
+    taste = price_taste(state, tables)
     touched, at = _places(items, state.items)
     days = np.full(len(items), DAYS_NEVER, dtype=np.float32)
     times, bought = np.zeros(len(items), dtype=np.float32), np.zeros(len(items), dtype=np.float32)

@@ -5,15 +5,13 @@ Counts of what happened before a cut, as shares. It knows no user beyond the hab
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from workloads.contract.tensors import PAD
-
-DAY_MS: Final = 86_400_000
-RECENT_DAYS: Final = 30
+from workloads.data.definitions import DAY_MS, RECENT_DAYS, window_start_ms
 
 Floats = npt.NDArray[np.float32]
 
@@ -35,11 +33,12 @@ def recent(
 ) -> Floats:
     """Share [items + 1] of each item in what happened in the `days` before the cut, weighed by strength.
 
-    Raises ValueError where an event lies at or after the cut.
+    The feature `strength_recent` of `data.definitions`, its window included. Raises ValueError where an event lies at
+    or after the cut.
     """
     if len(time_ms) and int(time_ms.max()) >= cut_ms:
         raise ValueError("events reach beyond the cut: popularity would know the future")
-    late = time_ms >= cut_ms - days * DAY_MS
+    late = time_ms >= window_start_ms(cut_ms, int(days * DAY_MS))
     return _shares(np.bincount(item[late], weights=strength[late], minlength=items + 1))
 
 
