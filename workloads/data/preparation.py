@@ -5,6 +5,7 @@ This is the home edge of the data: raw user ids come in here, and only pseudonym
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Mapping
@@ -20,14 +21,16 @@ from workloads.contract.events import POSITIVE_TYPES, Event
 from workloads.data import adapters, lake_source, simulator
 from workloads.data.cleaning import RuleCount, drop_repeats, drop_unknown_items, drop_unseen_items
 from workloads.data.dataset import DatasetMeta, FaultSummary, find_prepared, read_meta, write_dataset
+from workloads.data.definitions import REMEMBERED_MAX
 from workloads.data.events import POSITIVE, EventLog, RowFaults, TooManyFaultsError
-from workloads.data.profile_builder import build_profiles
-from workloads.data.profiles import write_profiles
+from workloads.data.profile_builder import build_activity, build_profiles
+from workloads.data.profiles import filled_from, write_profiles
 from workloads.data.reading import SourceError, file_digest
 from workloads.data.source import SourceData
 from workloads.data.split import SplitError, boundaries, compare
 from workloads.privacy import pseudonym
-from workloads.privacy.pseudonym import FIRST_EPOCH, KeyFileError, PseudonymKey, read_or_create_key
+from workloads.privacy.pseudonym import KeyFileError, PseudonymKey
+from workloads.privacy.vault import SqliteVault, VaultError
 from workloads.telemetry.progress import Progress
 
 SourceKind = Literal["simulator", "online-retail", "sequences", "events", "lake"]
@@ -36,8 +39,8 @@ VALIDATION_SHARE: Final = 0.1
 TEST_SHARE: Final = 0.1
 
 _SHAPING: Final = (
-    "adapters", "cleaning", "dataset", "events", "lake_source", "preparation", "profile_builder",
-    "profiles", "reading", "simulator", "split", "truth", "vocabulary",
+    "adapters", "cleaning", "dataset", "definitions", "events", "lake_source", "point_in_time", "preparation",
+    "profile_builder", "profiles", "reading", "simulator", "split", "truth", "vocabulary",
 )  # fmt: skip
 """Modules whose code decides what comes out: a change in one makes what was prepared before stale."""
 
@@ -62,9 +65,9 @@ class Places:
     home: Path
 
     @property
-    def key(self) -> Path:
-        """The pseudonym key of the first epoch."""
-        return self.home / "onprem" / "key" / f"pseudonym-{FIRST_EPOCH}.key"
+    def vault(self) -> Path:
+        """Who is behind a pseudonym; the keys lie beside it."""
+        return self.home / "onprem" / "vault.sqlite"
 
     @property
     def datasets(self) -> Path:
@@ -99,7 +102,7 @@ class Prepared:
     dataset: Path
     profiles: Path
     users_sample: Path
-    key: Path
+    vault: Path
     fault_report: Path | None
     reused: bool
     events: int
@@ -112,12 +115,20 @@ def prepare(request: Request, home: Path, progress: Progress, *, again: bool = F
 
     With `again` it is done even then, and replaces what is there.
 
-    Raises SourceError, TooManyFaultsError, SplitError or KeyFileError when nothing can be made; then
+    Everybody in the source becomes known to the vault, the gateway's own: whom it knows keeps their pseudonym, so that
+    the same input gives the same data set in the same home.
+
+    Raises SourceError, TooManyFaultsError, SplitError, VaultError or KeyFileError when nothing can be made; then
     what was there before is still there.
     """
     places = Places(home)
     progress.step("read", 0, 1)
-    key = read_or_create_key(places.key)
+    with contextlib.closing(SqliteVault(places.vault, create=True)) as vault:
+        return _prepare(request, places, vault, progress, again=again)
+
+
+def _prepare(request: Request, places: Places, vault: SqliteVault, progress: Progress, *, again: bool) -> Prepared:
+    key = vault.key()
     digest = _input_digest(request, key)
     if not again and (done := _find_done(places, digest)) is not None:
         progress.note("read", f"{done.dataset.name} was prepared before from the same input; using it")
@@ -132,9 +143,14 @@ def prepare(request: Request, home: Path, progress: Progress, *, again: bool = F
     progress.step("split", 1, 1)
 
     raw_users = log.frame.filter(pl.col("type").is_in(POSITIVE))["user"].drop_nulls().unique().sort()
-    hidden = log if source.pseudonymous else _pseudonymised(log, key)
-    progress.step("pseudonyms", 1, 1, "users", users=len(raw_users))
     truth = source.truth
+    planted: list[str] = [] if truth is None else truth.users.tolist()
+    if source.pseudonymous:
+        names, hidden = {name: name for name in planted}, log
+    else:
+        names = vault.admit([*log.frame["user"].drop_nulls().unique().sort().to_list(), *planted])
+        hidden = _pseudonymised(log, names, key)
+    progress.step("pseudonyms", 1, 1, "users", users=len(raw_users))
     dataset = write_dataset(
         places.datasets,
         name=source.name,
@@ -149,9 +165,7 @@ def prepare(request: Request, home: Path, progress: Progress, *, again: bool = F
         rules=rules,
         faults=_summary(source.faults, request.max_bad_share),
         parameters=source.parameters,
-        write_truth=None
-        if truth is None
-        else lambda folder: truth.save(folder, [key.pseudonym(u) for u in truth.users.tolist()]),
+        write_truth=None if truth is None else lambda folder: truth.save(folder, [names[user] for user in planted]),
     )
     progress.step("write", 1, 1, "data set", events=len(hidden))
     report = _write_fault_report(places.fault_reports / f"{dataset.path.name}.jsonl", source.faults)
@@ -159,7 +173,13 @@ def prepare(request: Request, home: Path, progress: Progress, *, again: bool = F
         _write_users_sample(places.users_sample, raw_users, seed=digest)
     elif not places.users_sample.exists():
         _write_users_sample(places.users_sample, raw_users.clear(), seed=digest)  # the lake knows no raw id
-    write_profiles(places.profiles, build_profiles(hidden), {"dataset": dataset.path.name})
+    write_profiles(
+        places.profiles,
+        build_profiles(hidden, REMEMBERED_MAX),
+        {"dataset": dataset.path.name},
+        items=build_activity(hidden),
+        as_of_ms=int(hidden.frame["timestamp_ms"][-1]),
+    )
     _write_private(places.mark, msgspec.json.encode(_mark(places, dataset.path.name)))
     progress.step("profiles", 1, 1, "users", users=len(raw_users))
     return _prepared(places, dataset.path, dataset.meta, report, reused=False)
@@ -210,9 +230,9 @@ def _clean(source: SourceData, progress: Progress) -> tuple[EventLog, pl.DataFra
     return log, items, rules
 
 
-def _pseudonymised(log: EventLog, key: PseudonymKey) -> EventLog:
+def _pseudonymised(log: EventLog, names: Mapping[str, str], key: PseudonymKey) -> EventLog:
     frame = log.frame
-    for column, name in (("user", key.pseudonym), ("session", key.session)):
+    for column, name in (("user", names.__getitem__), ("session", key.session)):
         raw = frame[column].drop_nulls().unique()
         named = pl.DataFrame(
             {column: raw, "named": pl.Series([name(value) for value in raw.to_list()], dtype=pl.String)}
@@ -257,17 +277,18 @@ def _summary(faults: RowFaults, max_bad_share: float) -> FaultSummary:
 
 
 class _Mark(msgspec.Struct, frozen=True, kw_only=True):
-    """`prepared.json`: a data set, and the files beside it that were made from it."""
+    """`prepared.json`: a data set, and the sample beside it that was made from it.
+
+    The profiles say themselves which data set they were filled from; they change with every event after that.
+    """
 
     dataset: str
-    profiles_sha256: str
     users_sample_sha256: str
 
 
 def _mark(places: Places, dataset: str) -> _Mark:
     return _Mark(
         dataset=dataset,
-        profiles_sha256=file_digest(places.profiles),
         users_sample_sha256=file_digest(places.users_sample),
     )
 
@@ -279,7 +300,7 @@ def _find_done(places: Places, digest: str) -> Prepared | None:
         return None
     try:
         mark = msgspec.json.decode(places.mark.read_bytes(), type=_Mark)
-        if mark != _mark(places, path.name):
+        if mark != _mark(places, path.name) or filled_from(places.profiles) != path.name:
             return None
     except (OSError, msgspec.DecodeError, SourceError):
         return None
@@ -292,7 +313,7 @@ def _prepared(places: Places, path: Path, meta: DatasetMeta, report: Path | None
         dataset=path,
         profiles=places.profiles,
         users_sample=places.users_sample,
-        key=places.key,
+        vault=places.vault,
         fault_report=report,
         reused=reused,
         events=sum(meta.events.values()),
@@ -338,12 +359,12 @@ def _write_fault_report(path: Path, faults: RowFaults) -> Path | None:
 
 def fault_of(error: Exception) -> str:
     """What is wrong, without what to do about it."""
-    return error.fault if isinstance(error, SourceError | KeyFileError) else str(error)
+    return error.fault if isinstance(error, SourceError | KeyFileError | VaultError) else str(error)
 
 
 def remedy_of(error: Exception) -> str:
     """What to do about an error of `prepare`."""
-    if isinstance(error, SourceError | KeyFileError):
+    if isinstance(error, SourceError | KeyFileError | VaultError):
         return error.remedy
     if isinstance(error, TooManyFaultsError):
         first = error.faults.samples[0] if error.faults.samples else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import os
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -20,16 +21,18 @@ from workloads.bundle.site import EditionsWatch, SiteDirectory
 from workloads.bundle.store import Bundle, BundleFault, open_bundle
 from workloads.contract.editions import Edition
 from workloads.contract.sites import SITES, Site, SiteName
-from workloads.data.profiles import ProfileStore, ProfileStoreError, SqliteProfiles
+from workloads.data.profiles import ProfileStoreError, open_profiles
 from workloads.gateway.app import Gateway
 from workloads.gateway.catalogue_sample import Sampler, UsersFileError, read_users
 from workloads.gateway.doors import HttpIntake, HttpRetrieval, TritonRanker, neighbour
 from workloads.gateway.editions import Editions, Serving, follow
 from workloads.gateway.identity import CloudEdge, Edge, HomeEdge
 from workloads.gateway.ladder import Reason
+from workloads.gateway.people import People
 from workloads.gateway.pipeline import Pipeline
 from workloads.gateway.timing import SystemClock
-from workloads.privacy.pseudonym import KeyFileError, read_key
+from workloads.privacy.pseudonym import KeyFileError
+from workloads.privacy.vault import SqliteVault, VaultError
 from workloads.telemetry import log
 from workloads.telemetry.beside import settle
 from workloads.telemetry.metrics import StageMetrics, new_registry
@@ -50,8 +53,8 @@ def main() -> int:
     parser.add_argument("--retrieval", required=True, metavar="URL", help="the site's retrieval service")
     parser.add_argument("--triton", required=True, metavar="HOST:PORT", help="the site's Triton, HTTP")
     parser.add_argument("--intake", required=True, metavar="URL", help="the intake at home")
-    parser.add_argument("--profiles", type=Path, metavar="PATH", help="home only: profiles.sqlite")
-    parser.add_argument("--pseudonym-key", type=Path, metavar="PATH", help="home only: pseudonym-<epoch>.key")
+    parser.add_argument("--profiles", metavar="WHERE", help="home only: profiles.sqlite, or redis://host:port/db")
+    parser.add_argument("--vault", type=Path, metavar="PATH", help="home only: vault.sqlite, keys in key/ beside it")
     parser.add_argument("--users-sample", type=Path, metavar="PATH", help="home only: users-sample.json")
     options = parser.parse_args()
     site = SITES[SiteName(options.site)]
@@ -62,12 +65,12 @@ def main() -> int:
 
 def _home_fault(site: Site, options: argparse.Namespace) -> str | None:
     """Why these options do not fit the kind of site, or None."""
-    home_only = ("profiles", "pseudonym_key", "users_sample")
+    home_only = ("profiles", "vault", "users_sample")
     given = [f"--{name.replace('_', '-')}" for name in home_only if getattr(options, name) is not None]
     if not site.is_home and given:
         return f"{', '.join(given)}: ids and profiles of people stay at home; {site.name.value} is a cloud site"
-    if site.is_home and options.pseudonym_key is None:
-        return f"--pseudonym-key: {site.name.value} is home and must map users to pseudonyms"
+    if site.is_home and options.vault is None:
+        return f"--vault: {site.name.value} is home and must map users to pseudonyms"
     return None
 
 
@@ -77,14 +80,24 @@ def _build(site: Site, options: argparse.Namespace) -> Gateway:
     faults = Counter(
         "rankbridge_neighbour_faults", "Calls that gave no usable answer", ("reason",), registry=metrics.registry
     )
+    dropped = Counter(
+        "rankbridge_context_dropped",
+        "Entries of events' contexts that the contract does not name",
+        registry=metrics.registry,
+    )
     children = {reason: faults.labels(reason.value) for reason in Reason}
     clock = SystemClock()
     try:
         neighbour(options.triton)
         retrieval, intake = HttpRetrieval(options.retrieval), HttpIntake(options.intake)
-        profiles: ProfileStore | None = None if options.profiles is None else SqliteProfiles(options.profiles)
+        profiles = None if options.profiles is None else open_profiles(options.profiles, os.environ)
+        people = None if profiles is None else People(profiles, clock)
         users = [] if options.users_sample is None else read_users(options.users_sample)
-        edge: Edge = CloudEdge() if options.pseudonym_key is None else HomeEdge(read_key(options.pseudonym_key))
+        edge: Edge = (
+            CloudEdge(dropped.inc) if options.vault is None else HomeEdge(SqliteVault(options.vault), dropped.inc)
+        )
+    except VaultError as error:
+        raise CannotStartError(error.fault, error.remedy) from None
     except (ProfileStoreError, KeyFileError, UsersFileError) as error:
         raise CannotStartError(str(error), "prepare the data set again") from None
     except ValueError as error:
@@ -98,7 +111,7 @@ def _build(site: Site, options: argparse.Namespace) -> Gateway:
             delta=delta,
             ranker=ranker,
             retrieval=retrieval,
-            profiles=profiles,
+            people=people,
             clock=clock,
             on_fault=lambda reason: children[reason].inc(),
         )
@@ -127,7 +140,8 @@ def _build(site: Site, options: argparse.Namespace) -> Gateway:
         retrieval=retrieval,
         intake=intake,
         edge=edge,
-        profiles=profiles,
+        people=people,
+        forgetting=edge if isinstance(edge, HomeEdge) else None,
         metrics=metrics,
         follow=following,
         clock=clock,
@@ -135,7 +149,7 @@ def _build(site: Site, options: argparse.Namespace) -> Gateway:
     settle()
     gc.set_threshold(*_GC_THRESHOLDS)
     log.get(component="gateway").info(
-        "loaded", edition=None if first is None else str(first.edition), profiles=profiles is not None
+        "loaded", edition=None if first is None else str(first.edition), profiles=people is not None
     )
     return app
 

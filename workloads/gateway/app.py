@@ -11,14 +11,16 @@ import asyncio
 import contextlib
 import re
 from collections.abc import Awaitable, Callable, Mapping
+from http import HTTPStatus
 from importlib import metadata
 from typing import Any, Final, NamedTuple
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, unquote_to_bytes
 
 import msgspec
 import uuid_utils
 
 from workloads.bundle.manifest import SHORT
+from workloads.contract.events import ID_PATTERN
 from workloads.contract.http import (
     BODY_MAX_BYTES,
     DEADLINE_HEADER,
@@ -28,6 +30,7 @@ from workloads.contract.http import (
     PATH_HEALTH,
     PATH_METRICS,
     PATH_OPENAPI,
+    PATH_PROFILE,
     PATH_READY,
     PATH_SAMPLE,
     REQUEST_ID_HEADER,
@@ -43,13 +46,13 @@ from workloads.contract.http import (
     Served,
     SimilarRequest,
 )
-from workloads.contract.sites import SiteName
+from workloads.contract.sites import SITES, SiteName
 from workloads.contract.slo import DEADLINE_MS, Endpoint
-from workloads.data.profiles import ProfileStore
 from workloads.gateway import openapi, problems
 from workloads.gateway.doors import Intake, IntakeFault, Ranker, Retrieval
 from workloads.gateway.editions import Editions, Serving
-from workloads.gateway.identity import Edge
+from workloads.gateway.identity import Edge, Forgetting
+from workloads.gateway.people import People
 from workloads.gateway.problems import Refused
 from workloads.gateway.timing import Clock, SystemClock, Timer
 from workloads.telemetry import log
@@ -74,6 +77,8 @@ EVENTS_WAIT_MS: Final = 2000.0
 _DEADLINE: Final = DEADLINE_HEADER.lower().encode()
 _REQUEST_ID: Final = REQUEST_ID_HEADER.lower().encode()
 _REQUEST_ID_FORM: Final = re.compile(REQUEST_ID_PATTERN.encode())
+_PROFILE: Final = re.compile(re.escape(PATH_PROFILE).replace(r"\{id\}", "(.*)"), re.DOTALL)
+_ID: Final = re.compile(ID_PATTERN)
 _NUMBER: Final = re.compile(rb"[0-9]{1,6}(\.[0-9]{1,6})?")
 _JSON: Final = (b"content-type", b"application/json")
 _PROBLEM: Final = (b"content-type", problems.MEDIA_TYPE.encode())
@@ -120,9 +125,10 @@ class Gateway:
         retrieval: Retrieval,
         intake: Intake,
         edge: Edge,
-        profiles: ProfileStore | None,
+        people: People | None,
         metrics: StageMetrics,
         follow: Callable[[], Awaitable[None]] | None = None,
+        forgetting: Forgetting | None = None,
         clock: Clock | None = None,
         in_flight_max: int = IN_FLIGHT_MAX,
     ) -> None:
@@ -131,7 +137,8 @@ class Gateway:
         self._retrieval = retrieval
         self._intake = intake
         self._edge = edge
-        self._profiles = profiles
+        self._people = people
+        self._forgetting = forgetting
         self._metrics = metrics
         self._follow = follow
         self._clock: Clock = clock or SystemClock()
@@ -179,8 +186,8 @@ class Gateway:
         await self._editions.close()
         for door in (self._retrieval, self._intake):
             await door.close()
-        if self._profiles is not None:
-            self._profiles.close()
+        if self._people is not None:
+            await self._people.close()
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -190,6 +197,8 @@ class Gateway:
         try:
             if scope["method"] == "POST" and path in self._posts:
                 response = await self._post(path, headers, request_id, receive)
+            elif (person := _PROFILE.fullmatch(path)) is not None:
+                response = await self._profile(scope, request_id, person[1])
             else:
                 response = await self._get(path, scope)
         except _Gone:
@@ -201,13 +210,17 @@ class Gateway:
                 _logger.exception("request failed", path=self._label(path))
             response = _problem(problems.broken())
         self._metrics.response(self._label(path), response.status)
-        more = ((_REQUEST_ID, request_id.encode("ascii")), (b"content-length", b"%d" % len(response.body)))
-        await send({"type": "http.response.start", "status": response.status, "headers": [*response.headers, *more]})
+        more = [*response.headers, (_REQUEST_ID, request_id.encode("ascii"))]
+        if response.status != HTTPStatus.NO_CONTENT:  # which has no length (RFC 9110, 8.6)
+            more.append((b"content-length", b"%d" % len(response.body)))
+        await send({"type": "http.response.start", "status": response.status, "headers": more})
         await send({"type": "http.response.body", "body": response.body})
 
     def _label(self, path: str) -> str:
         """The path as a metric's label: those that are not ours would be as many series as a stranger likes."""
-        return path if path in self._posts or path in self._gets else "other"
+        if path in self._posts or path in self._gets:
+            return path
+        return PATH_PROFILE if _PROFILE.fullmatch(path) is not None else "other"
 
     async def _get(self, path: str, scope: Scope) -> Response:
         answer = self._docs if path.startswith(PATH_DOCS + "/") else self._gets.get(path)
@@ -217,7 +230,7 @@ class Gateway:
             raise problems.wrong_method("GET, HEAD")
         if path in self._posts:
             raise problems.wrong_method("POST")
-        raise problems.unknown_path([*self._posts, *self._gets])
+        raise problems.unknown_path([*self._posts, *self._gets, PATH_PROFILE])
 
     async def _post(self, path: str, headers: dict[bytes, bytes], request_id: str, receive: Receive) -> Response:
         endpoint, answer = self._posts[path]
@@ -264,7 +277,7 @@ class Gateway:
         return Response(body, (_JSON, (b"server-timing", f"{timing}, total;dur={total:.3f}".encode("ascii"))))
 
     async def _events(self, call: Call) -> Response:
-        events = self._edge.events(_decoded(self._decode_events, call.body).events)
+        events = await self._edge.events(_decoded(self._decode_events, call.body).events)
         timer, name = call.timer, call.endpoint.value
         own_ms = timer.spent_ms()
         try:
@@ -287,6 +300,26 @@ class Gateway:
             raise problems.no_edition()
         return Response(_encode(serving.sampler.sample(int(size))))
 
+    async def _profile(self, scope: Scope, request_id: str, given: str) -> Response:
+        """`/v1/users/{id}/profile`; `given` is the id as the server decoded it."""
+        method = scope["method"]
+        if method not in {"GET", "HEAD", "DELETE"}:
+            raise problems.wrong_method("GET, HEAD, DELETE")
+        if self._people is None or not SITES[self._site].is_home:
+            raise problems.not_at_home()
+        user = _path_id(scope, given)
+        if method == "DELETE":
+            if self._forgetting is None:
+                raise problems.cannot_forget()
+            await self._people.forget(user, self._forgetting)
+            return Response(b"", (), 204)
+        serving = self._editions.current
+        if serving is None:
+            raise problems.no_edition()
+        pipeline = serving.pipeline
+        answer = await self._people.answer(self._edge.user(user, "id"), request_id, pipeline.bundle, pipeline.tables)
+        return Response(_encode(answer), (_JSON, (b"cache-control", b"no-store")))
+
     async def _health(self, _: Scope) -> Response:
         return Response(b'{"alive":true}')
 
@@ -296,8 +329,8 @@ class Gateway:
         asked |= {"retrieval": self._retrieval, "intake": self._intake}
         states = await asyncio.gather(*(door.state() for door in asked.values()))
         backends = dict(zip(asked, states, strict=True))
-        if serving is not None and (profiles := serving.pipeline.profiles_state()) is not None:
-            backends["profiles"] = profiles
+        if self._people is not None:
+            backends["profiles"] = self._people.state()
         readiness = Readiness(
             ready=self._running and serving is not None,
             site=self._site.value,
@@ -414,6 +447,21 @@ def _request_id(headers: Mapping[bytes, bytes]) -> str:
     if given is not None and _REQUEST_ID_FORM.fullmatch(given):
         return str(given, "ascii")
     return str(uuid_utils.uuid7())
+
+
+def _path_id(scope: Scope, given: str) -> str:
+    """The id in a path, percent-decoded from its bytes: the server's own decoding lets what is no UTF-8 pass."""
+    raw: bytes | None = scope.get("raw_path")
+    if raw is not None:
+        parts = raw.partition(b"?")[0].split(b"/")
+        try:
+            _, _, _, part, _ = parts
+            given = unquote_to_bytes(part).decode()
+        except ValueError:  # a slash that is not encoded, or no UTF-8
+            raise problems.bad_id() from None
+    if _ID.fullmatch(given) is None:
+        raise problems.bad_id()
+    return given
 
 
 def _problem(refusal: Refused) -> Response:

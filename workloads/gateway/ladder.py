@@ -54,6 +54,8 @@ class Reason(enum.StrEnum):
     RETRIEVAL_FAULT = "retrieval_fault"
     RETRIEVAL_OTHER_BUNDLE = "retrieval_other_bundle"
     RETRIEVAL_EMPTY = "retrieval_empty"
+    PROFILES_DOWN = "profiles_down"
+    """The answer is whole and at its rung, but made as for somebody unknown: the profile could not be read."""
 
 
 def counts_as_late(stage: Stage, budget_ms: float) -> bool:

@@ -16,6 +16,7 @@ from typing import Any, Final
 import msgspec
 import swagger_ui_bundle
 
+from workloads.contract.events import ID_PATTERN
 from workloads.contract.http import (
     BODY_MAX_BYTES,
     DEADLINE_HEADER,
@@ -25,6 +26,7 @@ from workloads.contract.http import (
     PATH_HEALTH,
     PATH_METRICS,
     PATH_OPENAPI,
+    PATH_PROFILE,
     PATH_READY,
     PATH_SAMPLE,
     REQUEST_ID_HEADER,
@@ -36,6 +38,7 @@ from workloads.contract.http import (
     EventsRequest,
     ItemsAnswer,
     Problem,
+    ProfileAnswer,
     Readiness,
     RecommendRequest,
     SearchRequest,
@@ -46,7 +49,7 @@ from workloads.contract.slo import DEADLINE_MS, Endpoint
 _REF: Final = "#/components/schemas/{name}"
 _MESSAGES: Final = (
     *(RecommendRequest, SearchRequest, SimilarRequest, EventsRequest),
-    *(ItemsAnswer, EventsAnswer, CatalogueSample, Readiness, Problem),
+    *(ItemsAnswer, EventsAnswer, ProfileAnswer, CatalogueSample, Readiness, Problem),
 )
 _PROBLEMS: Final[Mapping[int, str]] = {
     400: "The body is no JSON, or the deadline header cannot be read",
@@ -133,6 +136,7 @@ def document(version: str) -> dict[str, Any]:
             "responses": {"200": _json("The sample", CatalogueSample), "422": _problem(_PROBLEMS[422])},
         }
     }
+    paths[PATH_PROFILE] = _profile()
     paths[PATH_HEALTH] = {"get": {"summary": "Alive", "responses": {"200": {"description": "The process answers"}}}}
     paths[PATH_READY] = {
         "get": {
@@ -193,6 +197,37 @@ def _post(endpoint: Endpoint, operation: _Operation) -> dict[str, Any]:
     }
 
 
+def _profile() -> dict[str, Any]:
+    user = {
+        "name": "id",
+        "in": "path",
+        "required": True,
+        "description": "The user's id as events and requests carry it, percent-encoded.",
+        "schema": {"type": "string", "minLength": 1, "maxLength": 128, "pattern": ID_PATTERN},
+    }
+    refused = {
+        "403": _problem("Not at home: only there are profiles"),
+        "422": _problem(_PROBLEMS[422]),
+        "503": _problem("The store does not answer, or the gateway starts; Retry-After says when to try again"),
+    }
+    return {
+        "parameters": [user],
+        "get": {
+            "summary": "What is known of a person's taste",
+            "description": "At home only. Somebody unknown is a cold start, not an error.",
+            "operationId": "profile",
+            "responses": {"200": _json("The profile", ProfileAnswer), **refused},
+        },
+        "delete": {
+            "summary": "Forget a person",
+            "description": "From the answer on recommendations for this id are those of a cold start; what is left "
+            "elsewhere is erased after it. Forgetting somebody unknown, or twice, is no error.",
+            "operationId": "forget",
+            "responses": {"204": {"description": "Forgotten"}, **refused},
+        },
+    }
+
+
 def _ref(message: type[msgspec.Struct]) -> dict[str, str]:
     return {"$ref": _REF.format(name=message.__name__)}
 
@@ -216,6 +251,8 @@ def _as_3_0(schema: Any) -> Any:  # noqa: ANN401 - a JSON value
     if {"type": "null"} in choices:
         others = [choice for choice in schema.pop("anyOf") if choice != {"type": "null"}]
         schema |= {**others[0], "nullable": True} if len(others) == 1 else {"anyOf": others, "nullable": True}
+    if "prefixItems" in schema:  # 3.0 knows lists of one kind only, which ours are
+        schema["items"] = schema.pop("prefixItems")[0]
     if schema.get("required") == []:  # 3.0 wants at least one, or none said
         del schema["required"]
     if isinstance(schema.get("description"), str):

@@ -8,18 +8,15 @@ come in as pseudonyms. HTTP, JSON and raw ids are not known here.
 from __future__ import annotations
 
 import dataclasses
-import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Literal
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from workloads.bundle.store import Bundle
 from workloads.contract.http import (
     SOURCES,
-    BackendState,
     CandidatesAnswer,
     CandidatesQuery,
     RankedItem,
@@ -31,9 +28,9 @@ from workloads.contract.http import (
 from workloads.contract.sites import SiteName
 from workloads.contract.slo import CANDIDATES_RANKED, Endpoint, Rung, Stage
 from workloads.contract.tensors import PAD
+from workloads.data.definitions import Touch
 from workloads.data.features import ItemTables, UserState, rank_features
 from workloads.data.fusion import Candidates
-from workloads.data.profiles import ProfileStore, Touch
 from workloads.gateway import rules
 from workloads.gateway.doors import DoorFault, Ranker, Retrieval
 from workloads.gateway.ladder import (
@@ -47,6 +44,7 @@ from workloads.gateway.ladder import (
     rank_budget_ms,
     ranks,
 )
+from workloads.gateway.people import Known, People
 from workloads.gateway.timing import Clock, Timer
 from workloads.gateway.traditional import Traditional
 from workloads.telemetry import log
@@ -78,6 +76,8 @@ class Question:
     """Whether one category may not fill the answer."""
     asked_plain: bool = False
     """The client wants no model."""
+    unknown: Reason | None = None
+    """Why the state lacks a profile that there may be."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,14 +102,14 @@ class Pipeline:
         delta: int = 0,
         ranker: Ranker,
         retrieval: Retrieval,
-        profiles: ProfileStore | None,
+        people: People | None,
         clock: Clock,
         best_rung: Mapping[str, int] = BEST_RUNG,
         on_fault: Callable[[Reason], None] = lambda _: None,
     ) -> None:
         """`on_fault` is told of every call to a neighbour that brought no usable answer.
 
-        `delta` says how many deltas `bundle` was opened with. Doors and profiles belong to the application.
+        `delta` says how many deltas `bundle` was opened with. Doors and people belong to the application.
         """
         self.site = site
         self.bundle = bundle
@@ -121,17 +121,17 @@ class Pipeline:
         self._traditional = Traditional(self.tables, bundle.titles)
         self._ranker, self._ranker_circuit = ranker, Circuit()
         self._retrieval, self._retrieval_circuit = retrieval, Circuit()
-        self._profiles = profiles
+        self._people = people
         self._clock = clock
         self._on_fault = on_fault
-        self._profiles_fault: str | None = None
 
     async def recommend(
         self, request: RecommendRequest, user: str | None, timer: Timer
     ) -> tuple[list[RankedItem], Served]:
         """`/v1/recommend`. `user` is a pseudonym."""
         index = self.bundle.index
-        state = self._state(user, request.history)
+        known = await self._known(user)
+        state = self._state(known.touches, request.history)
         exclude = _nobody
         if not request.repeats:
             session = [index[item] for item in request.history if item in index]
@@ -146,6 +146,7 @@ class Pipeline:
                 traditional=lambda: self._traditional.recommend(state),
                 varied=True,
                 asked_plain=not request.use_model,
+                unknown=known.reason,
             ),
             timer,
         )
@@ -153,7 +154,8 @@ class Pipeline:
     async def search(self, request: SearchRequest, user: str | None, timer: Timer) -> tuple[list[RankedItem], Served]:
         """`/v1/search`. `user` is a pseudonym."""
         # Taste plays a part only where the ranker does: the order of retrieval is the query's alone.
-        state = self._state(user if ranks(self.best_rung[Endpoint.SEARCH]) else None, ())
+        known = await self._known(user if ranks(self.best_rung[Endpoint.SEARCH]) else None)
+        state = self._state(known.touches, ())
         return await self._answer(
             Question(
                 endpoint=Endpoint.SEARCH,
@@ -163,6 +165,7 @@ class Pipeline:
                 exclude=_nobody,
                 traditional=lambda: self._traditional.search(request.query),
                 query=request.query,
+                unknown=known.reason,
             ),
             timer,
         )
@@ -170,7 +173,7 @@ class Pipeline:
     async def similar(self, request: SimilarRequest, timer: Timer) -> tuple[list[RankedItem], Served]:
         """`/v1/similar`."""
         item = self.bundle.index.get(request.item, PAD)
-        state = self._state(None, (request.item,))
+        state = self._state((), (request.item,))
         return await self._answer(
             Question(
                 endpoint=Endpoint.SIMILAR,
@@ -185,7 +188,7 @@ class Pipeline:
 
     def warm_up(self) -> None:
         """Go once through all that is computed here: first calls import, allocate and take a hundred times as long."""
-        state = self._state(None, [item for item in self.bundle.item_ids[1:4] if item])
+        state = self._state((), [item for item in self.bundle.item_ids[1:4] if item])
         candidates = self._traditional.recommend(state)
         rank_features(state, candidates, self.tables, self.bundle.features)
         question = Question(
@@ -200,32 +203,18 @@ class Pipeline:
         self._obey_rules(question, Course(candidates, candidates.scores, Rung.TRADITIONAL, None))
         self._traditional.search(self.bundle.titles[-1])
 
-    def profiles_state(self) -> BackendState | None:
-        """How the last look into the profiles went; None at a site that has none."""
-        if self._profiles is None:
-            return None
-        fault = self._profiles_fault
-        return BackendState(up=fault is None, detail=fault or "profiles can be read")
+    async def _known(self, user: str | None) -> Known:
+        known = Known() if user is None or self._people is None else await self._people.known(user)
+        if known.reason is not None:
+            self._on_fault(known.reason)
+        return known
 
-    def _state(self, user: str | None, history: Sequence[str]) -> UserState:
-        return UserState.of(self._touches(user), history, self._clock.wall_ms(), self.bundle.index)
-
-    def _touches(self, user: str | None) -> Sequence[Touch]:
-        """What the profile says; nothing for somebody unknown, and while the store cannot be read."""
-        if user is None or self._profiles is None:
-            return ()
-        try:
-            profile = self._profiles.get(user)
-        except (sqlite3.Error, msgspec.DecodeError) as error:
-            if self._profiles_fault is None:
-                _logger.error("profiles cannot be read", fault=str(error))
-            self._profiles_fault = str(error)
-            return ()
-        self._profiles_fault = None
-        return profile.touches if profile is not None else ()
+    def _state(self, touches: Sequence[Touch], history: Sequence[str]) -> UserState:
+        return UserState.of(touches, history, self._clock.wall_ms(), self.bundle.index)
 
     async def _answer(self, question: Question, timer: Timer) -> tuple[list[RankedItem], Served]:
         course = await self._course(question, timer)
+        reason = course.reason or question.unknown
         items = self._obey_rules(question, course)
         timer.lap(Stage.RULES)
         served = Served(
@@ -234,7 +223,7 @@ class Pipeline:
             bundle=self.bundle.short,
             delta=self.delta,
             stages_ms={stage: round(spent, 3) for stage, spent in timer.stages_ms.items()},
-            reason=None if course.reason is None else course.reason.value,
+            reason=None if reason is None else reason.value,
             ranked=course.ranked,
         )
         return items, served

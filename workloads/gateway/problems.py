@@ -219,6 +219,54 @@ def raw_id(path: str) -> Refused:
     )
 
 
+def not_at_home() -> Refused:
+    """403: what is asked of a person's profile is answered at home only."""
+    return refused(
+        403,
+        "not-at-home",
+        "Profiles stay at home",
+        "this site has no profiles of people and no key to find them by",
+        remedy="send the request to the home gateway",
+    )
+
+
+def cannot_forget() -> Refused:
+    """503: this gateway maps people, but was not given what forgets them."""
+    return refused(
+        503,
+        "cannot-forget",
+        "Nobody can be forgotten here now",
+        "this gateway was started without the vault",
+        remedy="start it with the vault and send the request again",
+    )
+
+
+def bad_id() -> Refused:
+    """422: the id in the path. It is not repeated."""
+    rule = _PLAIN_RULES[f"Expected `str` matching regex {ID_PATTERN!r}"]
+    return refused(
+        422,
+        "invalid-field",
+        "A parameter breaks its rule",
+        f"id: {rule}",
+        field="id",
+        rule=rule,
+        remedy="percent-encode the id as UTF-8 (RFC 3986)",
+    )
+
+
+def no_profiles(retry_after_s: int = 1) -> Refused:
+    """503: the store of profiles does not answer."""
+    return refused(
+        503,
+        "no-profiles",
+        "Profiles cannot be read now",
+        "the store of profiles does not answer; recommendations go on without it",
+        remedy=f"try again after {retry_after_s} s",
+        headers=((b"retry-after", str(retry_after_s).encode("ascii")),),
+    )
+
+
 def overloaded(retry_after_s: int = 1) -> Refused:
     """503: as many requests as the gateway takes at once are in it."""
     return refused(
@@ -251,6 +299,18 @@ def not_acknowledged(why: str, retry_after_s: int = 1) -> Refused:
         "The events are not acknowledged",
         why,
         remedy="send the same events again; those that are on disk already are counted as duplicates",
+        headers=((b"retry-after", str(retry_after_s).encode("ascii")),),
+    )
+
+
+def not_forgotten(retry_after_s: int = 1) -> Refused:
+    """503: it is not known to be on disk that a person is to be forgotten; asking again is safe."""
+    return refused(
+        503,
+        "not-forgotten",
+        "The person is not forgotten yet",
+        "It cannot be written down now",
+        remedy="ask again; nothing is lost by asking twice",
         headers=((b"retry-after", str(retry_after_s).encode("ascii")),),
     )
 

@@ -20,9 +20,10 @@ from workloads.gateway.doors import FakeIntake, FakeRanker, FakeRetrieval
 from workloads.gateway.editions import Editions, Serving
 from workloads.gateway.identity import CloudEdge, HomeEdge
 from workloads.gateway.ladder import Reason
+from workloads.gateway.people import People
 from workloads.gateway.pipeline import Pipeline
 from workloads.gateway.timing import FakeClock
-from workloads.privacy.pseudonym import PseudonymKey
+from workloads.privacy.vault import MemoryVault
 from workloads.telemetry.metrics import StageMetrics, new_registry, render
 
 ITEMS = 200
@@ -46,17 +47,20 @@ def user() -> str:
 
 
 @pytest.fixture
-def key() -> PseudonymKey:
-    return PseudonymKey(epoch=1, secret=b"k" * 32)
+def vault(user: str) -> MemoryVault:
+    """Knows one person."""
+    made = MemoryVault()
+    made.admit([user])
+    return made
 
 
 @pytest.fixture
-def profiles(user: str, key: PseudonymKey) -> MemoryProfiles:
+def profiles(user: str, vault: MemoryVault) -> MemoryProfiles:
     touches = [
         Touch("item-00003", EventType.PURCHASE, 2, 1, CREATED_MS - 40 * DAY_MS),
         Touch("item-00004", EventType.VIEW, 1, 0, CREATED_MS - DAY_MS),
     ]
-    return MemoryProfiles([Profile(key.pseudonym(user), touches)])
+    return MemoryProfiles([Profile(vault.admit([user])[user], touches)])
 
 
 @pytest.fixture
@@ -110,7 +114,7 @@ MakeApp = Callable[..., Gateway]
 @pytest.fixture
 def make_app(
     bundle: Bundle,
-    key: PseudonymKey,
+    vault: MemoryVault,
     user: str,
     profiles: MemoryProfiles,
     clock: FakeClock,
@@ -122,12 +126,14 @@ def make_app(
 ) -> MakeApp:
     def make(site: SiteName = SiteName.ONPREM, in_flight_max: int = IN_FLIGHT_MAX) -> Gateway:
         home = site is SiteName.ONPREM
+        people = People(profiles, clock) if home else None
+        at_home = HomeEdge(vault)
         pipeline = Pipeline(
             site=site,
             bundle=bundle,
             ranker=ranker,
             retrieval=retrieval,
-            profiles=profiles if home else None,
+            people=people,
             clock=clock,
             on_fault=faults.append,
         )
@@ -137,8 +143,9 @@ def make_app(
             editions=Editions(metrics.registry, Serving(Edition(bundle=bundle.id), pipeline, ranker, sampler)),
             retrieval=retrieval,
             intake=intake,
-            edge=HomeEdge(key) if home else CloudEdge(),
-            profiles=profiles if home else None,
+            edge=at_home if home else CloudEdge(),
+            people=people,
+            forgetting=at_home if home else None,
             metrics=metrics,
             clock=clock,
             in_flight_max=in_flight_max,
