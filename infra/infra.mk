@@ -47,3 +47,11 @@ infra-tools: ## Debian packages that check rendered files (root; for throw-away 
 	@apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
 	  shellcheck nftables frr strongswan-swanctl charon-systemd libstrongswan-standard-plugins \
 	  libcharon-extra-plugins cloud-init
+
+.PHONY: cluster-tools test-cluster
+
+cluster-tools: setup ## kube-apiserver and the rest from their Go modules into .tools/controlplane (10 minutes, once)
+	@$(BIN)/python -m infra.controlplane build
+
+test-cluster: cluster-tools ## what is declared, on a real Kubernetes control plane; ARGS="-k name"
+	@RANKBRIDGE_CLUSTER=1 $(BIN)/pytest tests/cluster $(ARGS)
