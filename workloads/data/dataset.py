@@ -53,6 +53,18 @@ class FaultSummary(msgspec.Struct, frozen=True, kw_only=True):
     totals: list[FaultTotal]
 
 
+class ReplicaOrigin(msgspec.Struct, frozen=True, kw_only=True):
+    """What a data set that came out of a bucket was at home, and under which column policy it left."""
+
+    dataset: str
+    """Its directory's name at home."""
+    digest: str
+    """Its content's digest at home; another one than here where the policy changed anything."""
+    policy: str
+    policy_digest: str
+    """sha256 of the policy's file."""
+
+
 class DatasetMeta(msgspec.Struct, frozen=True, kw_only=True):
     """`dataset.json`."""
 
@@ -75,6 +87,8 @@ class DatasetMeta(msgspec.Struct, frozen=True, kw_only=True):
     faults: FaultSummary
     parameters: dict[str, int | float | str]
     files: dict[str, FileEntry]
+    replica: ReplicaOrigin | None = None
+    """None for the data set itself."""
 
     @property
     def train_end_ms(self) -> int:
@@ -222,6 +236,7 @@ def write_dataset(
     faults: FaultSummary,
     parameters: dict[str, int | float | str],
     write_truth: Callable[[Path], object] | None = None,
+    replica: ReplicaOrigin | None = None,
 ) -> Dataset:
     """Write `<folder>/<name>-<digest12>/` in one step and return it read from memory.
 
@@ -261,6 +276,7 @@ def write_dataset(
             faults=faults,
             parameters=parameters,
             files=files,
+            replica=replica,
         )
         (draft / META).write_bytes(msgspec.json.format(msgspec.json.encode(meta), indent=1))
         for file in draft.rglob("*"):
