@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rankbridge import asked, interrupts, jobs, load
+from rankbridge import asked, bundles, interrupts, jobs, load
 from rankbridge.asked import DataSource, Request
 from rankbridge.faults import DeskError, ExitCode, ManyFaults
 from rankbridge.layout import Layout
@@ -40,6 +40,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+app.add_typer(bundles.app, name="bundle")
+app.add_typer(bundles.audit, name="audit")
 
 _LOG_WIDTH = 120
 """Columns of what goes into a file; a terminal has its own."""
