@@ -50,7 +50,7 @@ def test_every_socket_is_on_its_own_sites_loopback_address(layout: Layout, trito
 def test_a_cloud_gateway_gets_neither_key_nor_profiles_nor_raw_ids(layout: Layout, triton: Triton):
     found = processes(layout, triton)
     home, cloud = " ".join(found["onprem-gateway"].command), " ".join(found["aws-gateway"].command)
-    for option in ("--pseudonym-key", "--profiles", "--users-sample"):
+    for option in ("--vault", "--profiles", "--users-sample"):
         assert option in home
         assert option not in cloud
     assert "/onprem/" not in cloud

@@ -35,6 +35,14 @@ EVENTS_PER_BATCH = 1000
 TIMESTAMP_MIN_MS = 946_684_800_000  # 2000-01-01: older is a clock fault, not history
 TIMESTAMP_MAX_MS = 4_102_444_800_000  # 2100-01-01
 
+CONTEXT_KEYS: frozenset[str] = frozenset(
+    {REQUEST_ID_IN_CONTEXT, "surface", "page", "device", "locale", "referrer", "experiment", "variant"}
+)
+"""What may stand in an event's `context`. The edge drops every other key, so that nothing a client adds one day gets in
+by accident: a name, an address, a basket's owner."""
+CONTEXT_VALUE_PATTERN = r"^[A-Za-z0-9._:/-]{1,128}$(?!\n)"
+"""Values of those keys are names of things, not texts; the edge drops what is neither this nor a known person's id."""
+
 Id = Annotated[str, msgspec.Meta(pattern=ID_PATTERN, min_length=1, max_length=128)]
 
 
@@ -90,6 +98,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             raise ValueError(f"item: a {self.type.value} event names its item")
         if self.type is EventType.RATING and self.rating is None:
             raise ValueError("rating: a rating event carries its value, 0 to 5")
+        if self.request_id is not None and self.request_id in (self.user, self.session):
+            raise ValueError("request_id: is the id of an answer, not of a person or a session")
         for name in ("price", "rating"):
             value = getattr(self, name)
             if value is not None and value != value:  # noqa: PLR0124 - NaN is the one value unequal to itself

@@ -19,6 +19,7 @@ from workloads.data.reading import SourceError
 from workloads.data.simulator import SimulatorConfig
 from workloads.data.split import SplitError
 from workloads.privacy.pseudonym import KeyFileError
+from workloads.privacy.vault import VaultError
 from workloads.telemetry.progress import Progress
 
 EXIT_FAULT = 2
@@ -114,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         made = prepare(_request(arguments), arguments.home, progress, again=arguments.again)
-    except (SourceError, TooManyFaultsError, SplitError, KeyFileError) as error:
+    except (SourceError, TooManyFaultsError, SplitError, KeyFileError, VaultError) as error:
         progress.fault(fault_of(error), remedy_of(error))
         return EXIT_FAULT
     except OSError as error:
@@ -129,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "dataset": str(made.dataset),
         "profiles": str(made.profiles),
         "users_sample": str(made.users_sample),
-        "pseudonym_key": str(made.key),
+        "vault": str(made.vault),
     }
     if made.fault_report is not None:
         results["fault_report"] = str(made.fault_report)

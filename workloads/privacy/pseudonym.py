@@ -1,9 +1,9 @@
-"""The home edge's key and the pseudonyms made with it.
+"""The home edge's keys and the names of people that are made with them.
 
-A pseudonym is `p<epoch>-<first 128 bits of HMAC-SHA256(key, user id)>` in hex (RFC 2104, FIPS 180-4):
-the only form of a user that leaves home. Without the key nobody can compute or undo it; with it the
-same user always gets the same one. This module knows nothing of data sets and loads no data library,
-because the gateway imports it.
+A pseudonym is `p<epoch>-<first 128 bits of HMAC-SHA256(key, salt || user id)>` in hex (RFC 2104, FIPS 180-4): the only
+form of a user that leaves home. The salt is the user's own and lies in the vault (`workloads.privacy.vault`): with key
+and salt the same user always gets the same name, without either nobody can compute or undo it, and when the salt is
+gone not even home can. This module knows nothing of data sets and loads no data library: the gateway imports it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final
 
 KEY_BYTES: Final = 32
+SALT_BYTES: Final = 16
 DIGEST_BYTES: Final = 16
 FIRST_EPOCH: Final = 1
 
@@ -53,9 +54,11 @@ class PseudonymKey:
         if not 0 <= self.epoch <= 999:
             raise KeyFileError(f"key epoch {self.epoch}: must be 0 to 999", "rename the key file")
 
-    def pseudonym(self, user: str) -> str:
-        """The pseudonym of a raw user id; matches `contract.http.PSEUDONYM_PATTERN`."""
-        return f"p{self.epoch}-{self._digest(_USER, user)}"
+    def pseudonym(self, user: str, salt: bytes) -> str:
+        """The pseudonym of a raw user id with its salt of SALT_BYTES; matches `contract.http.PSEUDONYM_PATTERN`."""
+        if len(salt) != SALT_BYTES:
+            raise ValueError(f"a salt has {SALT_BYTES} bytes, not {len(salt)}")
+        return f"p{self.epoch}-{self._digest(_USER + salt, user)}"
 
     def session(self, session: str) -> str:
         """The name under which a session may be kept: a raw one often has the user's id in it."""
@@ -93,6 +96,29 @@ def read_key(path: Path) -> PseudonymKey:
     return PseudonymKey(epoch=int(named.group(1)), secret=secret)
 
 
+def key_path(folder: Path, epoch: int) -> Path:
+    """Where the key of an epoch lies."""
+    return folder / f"pseudonym-{epoch}.key"
+
+
+def destroy_key(path: Path) -> bool:
+    """Overwrite a key's bytes and remove its name; whether there was one. What was made with it stays unreadable.
+
+    A journaling or copy-on-write file system, or a copy elsewhere, may still hold the old bytes.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(secrets.token_bytes(KEY_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
+    path.unlink()
+    _sync_folder(path.parent)
+    return True
+
+
 def read_or_create_key(path: Path) -> PseudonymKey:
     """Read the key, or make it if there is none: 32 random bytes, mode 0600, on disk before anyone can see the name.
 
@@ -112,9 +138,13 @@ def read_or_create_key(path: Path) -> PseudonymKey:
                 path.hardlink_to(draft)
         finally:
             draft.unlink()
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _sync_folder(path.parent)
     return read_key(path)
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -20,7 +20,7 @@ from workloads.data.dataset import Dataset
 from workloads.data.events import RowFault
 from workloads.data.profiles import SqliteProfiles
 from workloads.data.truth import Truth
-from workloads.privacy.pseudonym import read_key
+from workloads.privacy.vault import SqliteVault
 from workloads.telemetry.progress import FaultLine, Line, NoteLine, ProgressLine, ResultLine, parse
 
 SIMULATOR = ["--source", "simulator", "--users", "120", "--items", "90", "--events", "4000"]
@@ -84,16 +84,17 @@ def test_the_simulators_job_leaves_what_the_architecture_says(tmp_path: Path, ca
 def test_truth_and_profiles_meet_under_one_pseudonym(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     _, lines = run(capsys, *SIMULATOR, "--home", str(tmp_path))
     result = made(lines)
-    key = read_key(Path(result.made["pseudonym_key"]))
+    vault = SqliteVault(Path(result.made["vault"]))
     data = Dataset.load(Path(result.made["dataset"]))
     assert data.truth is not None
     truth = Truth.load(data.truth)
-    assert truth.users[0] == key.pseudonym("user-000001")
+    assert truth.users[0] == vault.pseudonym("user-000001")
     assert set(data.events["user"].drop_nulls()) <= set(truth.users.tolist())
     sample = msgspec.json.decode(Path(result.made["users_sample"]).read_bytes(), type=list[str])
     with SqliteProfiles(Path(result.made["profiles"])) as profiles:
-        assert all(profiles.get(key.pseudonym(user)) for user in sample)
+        assert all(profiles.get(vault.pseudonym(user) or "nobody") for user in sample)
         assert len(sample) == len(profiles) == len(set(sample))
+    vault.close()
 
 
 def test_a_raw_user_id_is_in_no_byte_of_the_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -117,7 +118,8 @@ def test_a_raw_user_id_is_in_no_byte_of_the_data_set(tmp_path: Path, capsys: pyt
     # It is where it must be: on the home side, and private.
     sample = home / "onprem" / "users-sample.json"
     assert b"secret-00-zebra" in sample.read_bytes()
-    for private in (sample, home / "onprem" / "key" / "pseudonym-1.key", home / "onprem" / "profiles.sqlite"):
+    vault = home / "onprem" / "vault.sqlite"
+    for private in (sample, vault, home / "onprem" / "key" / "pseudonym-1.key", home / "onprem" / "profiles.sqlite"):
         assert private.stat().st_mode & 0o777 == 0o600
 
 
@@ -268,7 +270,7 @@ def test_a_signal_ends_the_job_and_leaves_nothing_half_written(tmp_path: Path, n
     assert "Traceback" not in errors
     assert '"kind":"result"' not in rest
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
-    assert left == ["onprem/key/pseudonym-1.key"]
+    assert left == ["onprem/key/pseudonym-1.key", "onprem/vault.sqlite"]
 
 
 def test_the_jobs_stdout_is_only_progress_lines_when_run_as_a_process(tmp_path: Path):
@@ -324,3 +326,27 @@ def test_beauty_sequences_split_as_in_the_literature(
     held_out = data.part("test").frame.select("user", "item")
     assert set(held_out.iter_rows()) == set(last.iter_rows())
     assert np.all(data.items["first_seen_ms"].to_numpy() == data.meta.boundaries.start_ms)
+
+
+def test_whom_the_gateway_knows_keeps_the_pseudonym_and_all_come_in_by_one_commit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    vault = SqliteVault(tmp_path / "onprem" / "vault.sqlite", create=True)
+    known = vault.admit(["user-000001"])["user-000001"]
+    commits: list[int] = []
+    admit = SqliteVault.admit
+    monkeypatch.setattr(SqliteVault, "admit", lambda self, users: commits.append(1) or admit(self, users))
+    _, lines = run(capsys, *SIMULATOR, "--home", str(tmp_path))
+    data = Dataset.load(Path(made(lines).made["dataset"]))
+    assert known in data.events["user"].to_list()
+    assert len(commits) == 1
+    vault.close()
+
+
+def test_a_damaged_vault_is_a_fault_with_a_remedy(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run(capsys, *SIMULATOR, "--home", str(tmp_path))
+    (tmp_path / "onprem" / "vault.sqlite").chmod(0o644)
+    code, lines = run(capsys, *SIMULATOR, "--home", str(tmp_path))
+    assert code == 2
+    assert "vault.sqlite: mode 0644" in fault(lines).fault
+    assert fault(lines).remedy == "run chmod 600 on it"

@@ -19,7 +19,7 @@ from workloads.gateway.app import EVENTS_WAIT_MS, Gateway
 from workloads.gateway.doors import DoorFault, FakeIntake, FakeNeighbour, FakeRanker, FakeRetrieval, IntakeFault
 from workloads.gateway.ladder import Reason
 from workloads.gateway.timing import FakeClock
-from workloads.privacy.pseudonym import PseudonymKey
+from workloads.privacy.vault import MemoryVault
 from workloads.telemetry import log
 
 SESSION = "raw-session-of-alice"
@@ -169,7 +169,7 @@ async def test_a_fault_of_our_own_is_a_problem_and_in_the_log_without_the_reques
 async def test_no_raw_id_leaves_the_edge_in_an_answer_a_message_or_a_log(
     client: httpx.AsyncClient,
     user: str,
-    key: PseudonymKey,
+    vault: MemoryVault,
     retrieval: FakeRetrieval,
     ranker: FakeRanker,
     intake: FakeIntake,
@@ -186,7 +186,11 @@ async def test_no_raw_id_leaves_the_edge_in_an_answer_a_message_or_a_log(
         await client.post("/v1/recommend", json={"user": user, "use_model": False}),
         await client.post(
             "/v1/events",
-            json={"events": [event(user=user, session=SESSION, context={"account": user, "visit": SESSION})]},
+            json={
+                "events": [
+                    event(user=user, session=SESSION, context={"page": user, "surface": SESSION, "account": user})
+                ]
+            },
         ),
     ]
     for fault in (DoorFault(Reason.RANKER_DOWN, "gone"), RuntimeError("a bug")):
@@ -196,7 +200,7 @@ async def test_no_raw_id_leaves_the_edge_in_an_answer_a_message_or_a_log(
     answers.append(await client.get("/metrics"))
     sent = msgspec.msgpack.encode([retrieval.queries, list(intake.kept.values())])
     assert asked
-    assert set(asked) == {key.pseudonym(user)}
+    assert set(asked) == {vault.pseudonym(user)}
     assert intake.kept
     assert log_text.getvalue()
     for raw in (user, SESSION):
@@ -204,8 +208,9 @@ async def test_no_raw_id_leaves_the_edge_in_an_answer_a_message_or_a_log(
         assert raw not in log_text.getvalue()
         assert raw.encode() not in sent
     kept = next(iter(intake.kept.values()))
-    assert kept.user == kept.context["account"] == key.pseudonym(user)
-    assert kept.session == kept.context["visit"] == key.session(SESSION)
+    assert kept.user == kept.context["page"] == vault.pseudonym(user)
+    assert kept.session == kept.context["surface"] == vault.session(SESSION)
+    assert "account" not in kept.context
 
 
 async def test_a_cloud_gateway_refuses_a_raw_id_without_repeating_it(

@@ -30,7 +30,7 @@ from workloads.contract.http import Readiness
 from workloads.contract.sites import ONPREM, AddressBook, Listener, SiteClass
 from workloads.contract.slo import DEADLINE_MS, Endpoint
 from workloads.data.profiles import Profile, Touch, write_profiles
-from workloads.privacy.pseudonym import read_or_create_key
+from workloads.privacy.vault import SqliteVault
 
 pytestmark = pytest.mark.real_parts
 
@@ -67,9 +67,9 @@ class Place:
         self.book = AddressBook(dict(zip(listeners, triton, strict=True)))
         self.site = dataclasses.replace(ONPREM, address="127.0.0.1")
         self.running: dict[str, subprocess.Popen[bytes]] = {}
-        self.key = read_or_create_key(directory / "pseudonym-1.key")
+        self.vault = SqliteVault(directory / "vault.sqlite", create=True)
         touches = [Touch("item-00003", EventType.PURCHASE, 1, 1, CREATED_MS - 86_400_000)]
-        write_profiles(directory / "profiles.sqlite", [Profile(self.key.pseudonym(USER), touches)], {})
+        write_profiles(directory / "profiles.sqlite", [Profile(self.vault.admit([USER])[USER], touches)], {})
         (directory / "users-sample.json").write_text(json.dumps([USER]))
 
     @property
@@ -101,7 +101,7 @@ class Place:
             *("--triton", self.book.host_port(self.site, Listener.TRITON_HTTP)),
             *("--intake", f"http://127.0.0.1:{self.intake}"),
             *("--profiles", str(self.directory / "profiles.sqlite")),
-            *("--pseudonym-key", str(self.directory / "pseudonym-1.key")),
+            *("--vault", str(self.directory / "vault.sqlite")),
             *("--users-sample", str(self.directory / "users-sample.json")),
         ]
 
@@ -231,7 +231,9 @@ def test_answers_go_on_down_the_ladder_and_come_back_and_no_raw_id_gets_through(
         kept = "\n".join(store.iterdump())
     logs = "".join(place.log(name).read_text() for name in ("gateway", "retrieval", "intake"))
     assert "a neighbour is lost" in logs
-    assert place.key.pseudonym(USER) in kept
+    name = place.vault.pseudonym(USER)
+    assert name is not None
+    assert name in kept
     for raw in (USER, SESSION):
         assert raw not in logs
         assert raw not in kept
@@ -304,7 +306,7 @@ def test_a_gateway_that_cannot_start_says_why_and_what_to_do(place: Place):
     options = place.gateway_options()
     for change, fault in (
         (("--bundle", str(place.directory / "nothing")), "no such directory"),
-        (("--pseudonym-key", str(place.directory / "pseudonym-2.key")), "no such key"),
+        (("--vault", str(place.directory / "other.sqlite")), "no such vault"),
         (("--profiles", str(place.directory / "users-sample.json")), "not a profile store"),
         (("--users-sample", str(place.directory / "profiles.sqlite")), "no list of user ids"),
         (("--triton", "nowhere"), "no address"),
@@ -319,7 +321,7 @@ def test_a_gateway_that_cannot_start_says_why_and_what_to_do(place: Place):
 def test_a_cloud_gateway_takes_no_key_and_no_profiles_and_home_needs_a_key(place: Place):
     options = place.gateway_options()
     assert "stay at home" in _refused(["--site", "aws", *options[2:]])[1]
-    at = options.index("--pseudonym-key")
+    at = options.index("--vault")
     code, said = _refused([*options[:at], *options[at + 2 :]])
     assert code == 2
-    assert "pseudonym-key" in said
+    assert "--vault" in said
