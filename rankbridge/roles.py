@@ -188,7 +188,7 @@ class Plan:
         if site.is_home:
             arguments += [
                 *("--profiles", str(self.layout.profiles)),
-                *("--pseudonym-key", str(self.layout.pseudonym_key)),
+                *("--vault", str(self.layout.vault)),
                 *("--users-sample", str(self.layout.users_sample)),
             ]
         return arguments
