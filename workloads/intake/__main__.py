@@ -10,8 +10,8 @@ import sys
 from workloads.contract.http import PATH_INTAKE
 from workloads.contract.sites import HOME
 from workloads.intake.app import create_app
-from workloads.intake.pressure import RESERVE_BYTES, free_bytes_beside
-from workloads.intake.store import IDS_KEPT_MS, SqliteStore, StoreError
+from workloads.intake.pressure import LOG_SHARE, RESERVE_BYTES, free_bytes_beside
+from workloads.intake.store import IDS_KEPT_MS, OVERDUE_BYTES, SqliteStore, StoreError
 from workloads.intake.writer import Writer
 from workloads.telemetry import log
 from workloads.telemetry.metrics import StageMetrics, new_registry
@@ -38,10 +38,17 @@ def main() -> int:
         help="how long ids of trimmed events are known, so that one sent again is no new one",
     )
     options = parser.parse_args()
+    if options.reserve_mib < 1 or options.ids_kept_hours < 0:
+        parser.error("--reserve-mib must be 1 or more, --ids-kept-hours 0 or more")
+    reserve = options.reserve_mib << 20
 
     def open_store() -> SqliteStore:
         try:
-            store = SqliteStore(options.store, ids_kept_ms=int(options.ids_kept_hours * 3_600_000))
+            store = SqliteStore(
+                options.store,
+                ids_kept_ms=int(options.ids_kept_hours * 3_600_000),
+                log_bytes=min(OVERDUE_BYTES, reserve // LOG_SHARE),
+            )
             commits = [store.probe() for _ in range(7)]
         except (StoreError, OSError) as error:
             raise CannotStartError(
@@ -62,7 +69,7 @@ def main() -> int:
             open_store,
             observe=lambda stage, ms: metrics.stage(PATH_INTAKE, stage, ms),
             free_bytes=free_bytes_beside(options.store),
-            reserve_bytes=options.reserve_mib << 20,
+            reserve_bytes=reserve,
         )
         return create_app(writer, metrics)
 

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Final
 
 RESERVE_BYTES: Final = 256 * 1024 * 1024
-"""Room below which no event is taken: what waits already, a write-ahead log that is overdue, and its move into the
-database must fit in it."""
+"""Room below which no event is taken: what waits already, a write-ahead log that is overdue, its move into the
+database, and what a trim writes before it frees anything must fit in it."""
+LOG_SHARE: Final = 4
+"""Into the reserve a log must fit so often."""
 OPENS_AT: Final = 1.25
 """Times what closes the gate of the disk."""
 

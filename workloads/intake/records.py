@@ -110,6 +110,8 @@ def _name_the_answer(event: Event) -> Event:
     named = event.context.get(REQUEST_ID_IN_CONTEXT)
     if named is None or event.request_id is not None or _ANSWER.fullmatch(named) is None:
         return event
+    if named in (event.user, event.session):
+        return event
     rest = {name: value for name, value in event.context.items() if name != REQUEST_ID_IN_CONTEXT}
     return msgspec.structs.replace(event, request_id=named, context=rest)
 

@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
-from workloads.contract.http import PSEUDONYM_PATTERN
 from workloads.intake.records import Batch
 
 COLUMNS: tuple[str, ...] = (
@@ -91,9 +90,8 @@ _INSERT: Final = (
 )
 _SEEN: Final = "INSERT INTO seen (id, seq) VALUES (?, ?) ON CONFLICT (id) DO NOTHING"
 
-_NAMED: Final = re.compile(PSEUDONYM_PATTERN.strip("^$").encode())
 _FRAGMENT: Final = 16
-"""Hex digits of a pseudonym that still tell whom it means: what is left of a stale copy that was half overwritten."""
+"""Hex digits of a pseudonym that still tell whom it means: a stale copy may be half overwritten."""
 _HEX_RUN: Final = re.compile(rb"[0-9a-f]{16,}")
 
 
@@ -221,7 +219,8 @@ def connect(path: pathlib.Path) -> Connection:
 class SqliteStore:
     """The real store. Made and used by one thread.
 
-    `connect` opens the file; tests give one whose disk loses power. Raises StoreError when the file cannot be
+    `connect` opens the file; tests give one whose disk loses power. `log_bytes` instead of OVERDUE_BYTES suits a
+    small disk. Raises StoreError when the file cannot be
     opened, is of a newer schema, or will not be durable.
     """
 
@@ -231,11 +230,13 @@ class SqliteStore:
         *,
         connect: Callable[[pathlib.Path], Connection] = connect,
         ids_kept_ms: int = IDS_KEPT_MS,
+        log_bytes: int | None = None,
     ) -> None:
         self.path = path
         self._wal = path.with_name(path.name + "-wal")
         self._connect = connect
         self._ids_kept_ms = ids_kept_ms
+        self._log_bytes = OVERDUE_BYTES if log_bytes is None else log_bytes
         path.parent.mkdir(parents=True, exist_ok=True)
         self._connection: Connection | None = self._open()
 
@@ -267,7 +268,7 @@ class SqliteStore:
         connection.execute("PRAGMA secure_delete=ON")
         # Checkpoints are `tidy`'s: one inside a commit would make an acknowledgement wait for it.
         connection.execute("PRAGMA wal_autocheckpoint=0")
-        connection.execute(f"PRAGMA journal_size_limit={OVERDUE_BYTES}")
+        connection.execute(f"PRAGMA journal_size_limit={self._log_bytes}")
         version = int(connection.execute("PRAGMA user_version").fetchone()[0])
         if version > _SCHEMA_VERSION:
             raise StoreError(f"{self.path} has schema {version}, this intake knows {_SCHEMA_VERSION}")
@@ -340,13 +341,13 @@ class SqliteStore:
         """Move the write-ahead log into the database once it has grown; waits for no reader."""
         # A checkpoint that fails leaves the log a little longer; commits report real faults.
         with contextlib.suppress(sqlite3.Error, OSError):
-            if self._connection is not None and self._wal.stat().st_size > CHECKPOINT_BYTES:
+            if self._connection is not None and self._wal.stat().st_size > min(CHECKPOINT_BYTES, self._log_bytes):
                 self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def is_overdue(self) -> bool:
         """See EventStore. A log that was moved keeps at most this size, so it is overdue only when full anew."""
         try:
-            return self._wal.stat().st_size > OVERDUE_BYTES
+            return self._wal.stat().st_size > self._log_bytes
         except OSError:
             return False
 
@@ -370,19 +371,19 @@ class SqliteStore:
         zeroes what is deleted, but a page that SQLite rebuilt may keep a stale copy of a row that moved, between
         its cells: so the file is searched, and rewritten whole (VACUUM) where it still names somebody.
         """
-        names = frozenset(name.encode() for name in pseudonyms)
+        fragments = _fragments(pseudonyms)
         places = {"events": 0, "dead_letters": 0}
         removed = dict.fromkeys(places, 0)
         more = True
         while more:
-            more = self._commit(lambda connection: _erase_chunk(connection, names, places, removed))
+            more = self._commit(lambda connection: _erase_chunk(connection, fragments, places, removed))
             yield
         yield from self._empty_log()
-        if (yield from self._search(names)):
+        if (yield from self._search(fragments)):
             self._alone("VACUUM")
             yield
             yield from self._empty_log()
-            if (yield from self._search(names)):
+            if (yield from self._search(fragments)):
                 raise StoreError(f"{self.path} still names somebody who was removed from it; erase again")
         return Erased(removed["events"], removed["dead_letters"])
 
@@ -412,16 +413,13 @@ class SqliteStore:
             time.sleep(0.005)
             yield
 
-    def _search(self, names: frozenset[bytes]) -> Steps[bool]:
+    def _search(self, fragments: frozenset[bytes]) -> Steps[bool]:
         """Whether one of the names, or half of one, is anywhere in the file."""
-        digits = [name.partition(b"-")[2] for name in names]
-        fragments = {whole[at : at + _FRAGMENT] for whole in digits for at in range(len(whole) - _FRAGMENT + 1)}
         with self.path.open("rb") as file:
             before = b""
             while block := file.read(SEARCH_BYTES):
-                for run in _HEX_RUN.findall(before + block):
-                    if any(run[at : at + _FRAGMENT] in fragments for at in range(len(run) - _FRAGMENT + 1)):
-                        return True
+                if _tells(before + block, fragments):
+                    return True
                 before = block[-_FRAGMENT:]
                 yield
         return False
@@ -514,24 +512,35 @@ def _bury(connection: Connection, batch: Batch, received_ms: int) -> None:
 
 
 _NAMING: Final = {
-    "events": "SELECT seq, user, session, context FROM events",
+    "events": "SELECT seq, user, session, context, item, query, request_id FROM events",
     "dead_letters": "SELECT seq, payload FROM dead_letters",
 }
-"""Where a person may be named: an id that a client put into the context as well became the pseudonym there, too."""
+"""All text of an event: an id that a client put into the context as well became the pseudonym there, too."""
 
 
-def _named(text: str | bytes) -> list[bytes]:
-    return _NAMED.findall(text.encode() if isinstance(text, str) else text)
+def _windows(digits: bytes) -> Iterable[bytes]:
+    return (digits[at : at + _FRAGMENT] for at in range(len(digits) - _FRAGMENT + 1))
+
+
+def _fragments(pseudonyms: Iterable[str]) -> frozenset[bytes]:
+    """Every run of `_FRAGMENT` hex digits of them; the chance that a stranger's id has one is that of 64 bits."""
+    return frozenset(window for name in pseudonyms for window in _windows(name.partition("-")[2].encode()))
+
+
+def _tells(text: str | bytes, fragments: frozenset[bytes]) -> bool:
+    """Whether one of the fragments is in the text."""
+    runs = _HEX_RUN.findall(text.encode() if isinstance(text, str) else text)
+    return any(window in fragments for run in runs for window in _windows(run))
 
 
 def _erase_chunk(
-    connection: Connection, names: frozenset[bytes], places: dict[str, int], removed: dict[str, int]
+    connection: Connection, fragments: frozenset[bytes], places: dict[str, int], removed: dict[str, int]
 ) -> bool:
     """Remove from the next rows of both tables; moves `places`, adds to `removed`; whether there is more."""
     more = False
     for table, naming in _NAMING.items():
         rows = connection.execute(f"{naming} WHERE seq > ? ORDER BY seq LIMIT ?", (places[table], CHUNK)).fetchall()
-        gone = [(seq,) for seq, *texts in rows if any(text and not names.isdisjoint(_named(text)) for text in texts)]
+        gone = [(seq,) for seq, *texts in rows if any(text and _tells(text, fragments) for text in texts)]
         if gone:
             connection.executemany(f"DELETE FROM {table} WHERE seq = ?", gone)  # noqa: S608 - names are ours
         if rows:

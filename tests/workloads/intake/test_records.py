@@ -143,6 +143,7 @@ def test_an_event_of_a_newer_version_is_a_dead_letter_that_says_so(change: dict[
         ({"context": {"request_id": "r-1"}, "schema_version": 1}, "r-1", None),
         ({"context": {"request_id": "no id"}}, None, {"request_id": "no id"}),
         ({"context": {"request_id": "old"}, "request_id": "new"}, "new", {"request_id": "old"}),
+        ({"context": {"request_id": PSEUDONYM}}, None, {"request_id": PSEUDONYM}),
         ({}, None, None),
         # Today's version means what it says: its context is the client's own.
         ({"context": {"request_id": "r-1"}, "schema_version": 2}, None, {"request_id": "r-1"}),
