@@ -213,7 +213,7 @@ def find_chain(deltas: Path, bundle: str, number: int) -> list[Path]:
     if not number:
         return []
     below = deltas / bundle
-    last = sorted(below.glob(f"{number}-*"))
+    last = sorted(path for path in below.glob(f"{number}-*") if path.is_dir())  # signatures lie beside them
     if len(last) != 1:
         raise LookupError(f"{len(last)} deltas of number {number} in {below}, where one must be")
     chain = last

@@ -7,6 +7,7 @@ name. Encoding is canonical (sorted keys), so equal facts give equal ids. It ope
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Annotated, Final
@@ -77,6 +78,17 @@ class Requires(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """What a site must be to serve a bundle; one that is not refuses it before anything is loaded."""
 
     site_classes: list[SiteClass] = msgspec.field(default_factory=lambda: list(SiteClass))
+    onnxruntime: Annotated[str, msgspec.Meta(pattern=r"^[0-9]+(\.[0-9]+){0,2}$")] | None = None
+    """Lowest version that the models run in; None where any of ours will do."""
+
+    def unmet(self, site_class: SiteClass, onnxruntime: str) -> str | None:
+        """Why a site of this class, with this version of ONNX Runtime, may not serve the bundle; None when it may."""
+        if site_class not in self.site_classes:
+            wanted = " or ".join(one.value for one in self.site_classes) or "no"
+            return f"is made for {wanted} sites, and this is a {site_class.value} site"
+        if self.onnxruntime is not None and _version(onnxruntime) < _version(self.onnxruntime):
+            return f"needs ONNX Runtime {self.onnxruntime} or later, and this site has {onnxruntime}"
+        return None
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -104,6 +116,12 @@ class Manifest(Facts, frozen=True, kw_only=True, forbid_unknown_fields=True):
     feature_schema_sha256: Sha256
     files: dict[str, FileEntry]
     """Every file but the manifest itself."""
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """The numbers that a version begins with: 1.22.1+cpu is (1, 22, 1)."""
+    found = re.match(r"[0-9]+(\.[0-9]+)*", text)
+    return tuple(int(number) for number in found[0].split(".")) if found else ()
 
 
 class _Version(msgspec.Struct, frozen=True):
