@@ -358,6 +358,27 @@ def bench_command(
             serving.down()
 
 
+@app.command(name="bench-intake")
+def bench_intake_command(
+    *,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of the store against a plain SQLite loop.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=1, help="Seconds of single posts at 500 a second.")] = None,
+    out: OutOption = Path("out"),
+) -> None:
+    """Measure what an acknowledged event costs: the intake's store, single posts, and the disk's fsync.
+
+    Starts an intake of its own, on the disk of the home.
+
+    Example: `rankbridge bench-intake`
+    """
+    from rankbridge import bench_intake as bench  # noqa: PLC0415 - as in `rehearse`
+
+    options = bench.Options(
+        folder=_layout().work, out=out, rounds=rounds or bench.ROUNDS, seconds=seconds or bench.SECONDS
+    )
+    bench.run(options, _out)
+
+
 @app.command()
 def version() -> None:
     """Print the version.
