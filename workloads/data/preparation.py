@@ -24,7 +24,7 @@ from workloads.data.dataset import DatasetMeta, FaultSummary, find_prepared, rea
 from workloads.data.definitions import REMEMBERED_MAX
 from workloads.data.events import POSITIVE, EventLog, RowFaults, TooManyFaultsError
 from workloads.data.profile_builder import build_activity, build_profiles
-from workloads.data.profiles import filled_from, write_profiles
+from workloads.data.profiles import filled_from, refill_mark, write_profiles
 from workloads.data.reading import SourceError, file_digest
 from workloads.data.source import SourceData
 from workloads.data.split import SplitError, boundaries, compare
@@ -178,9 +178,9 @@ def _prepare(request: Request, places: Places, vault: SqliteVault, progress: Pro
         build_profiles(hidden, REMEMBERED_MAX),
         {"dataset": dataset.path.name},
         items=build_activity(hidden),
-        as_of_ms=int(hidden.frame["timestamp_ms"][-1]),
+        watermark=Watermark(source.spool_seq, int(hidden.frame["timestamp_ms"][-1])),
     )
-    _write_private(places.mark, msgspec.json.encode(_mark(places, dataset.path.name)))
+    write_private(places.mark, msgspec.json.encode(_mark(places, dataset.path.name)))
     progress.step("profiles", 1, 1, "users", users=len(raw_users))
     return _prepared(places, dataset.path, dataset.meta, report, reused=False)
 
@@ -293,6 +293,25 @@ def _mark(places: Places, dataset: str) -> _Mark:
     )
 
 
+def follow(places: Places, old: str | None = None, new: str | None = None) -> None:
+    """Let marks and reports that name data set `old` name `new`, and the mark have the sample's digest of today.
+
+    For who takes people out of a prepared data set: what `prepare` would find stays found, without them.
+    """
+    if old is not None and new is not None:
+        report = places.fault_reports / f"{old}.jsonl"
+        if report.is_file():
+            report.replace(places.fault_reports / f"{new}.jsonl")
+        refill_mark(places.profiles, old, new)
+    try:
+        mark = msgspec.json.decode(places.mark.read_bytes(), type=_Mark)
+        fresh = _mark(places, new if new is not None and mark.dataset == old else mark.dataset)
+    except (OSError, msgspec.DecodeError, SourceError):
+        return
+    if fresh != mark:
+        write_private(places.mark, msgspec.json.encode(fresh))
+
+
 def _find_done(places: Places, digest: str) -> Prepared | None:
     """Everything a run of this input would make, if all of it is there and whole."""
     path = find_prepared(places.datasets, digest)
@@ -322,7 +341,7 @@ def _prepared(places: Places, path: Path, meta: DatasetMeta, report: Path | None
     )
 
 
-def _write_private(path: Path, content: bytes) -> None:
+def write_private(path: Path, content: bytes) -> None:
     """A file of mode 0600, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
@@ -344,7 +363,7 @@ def _write_users_sample(path: Path, raw_users: pl.Series, *, seed: str) -> None:
     generator = np.random.default_rng(int(seed[:16], 16))
     picked = generator.permutation(len(raw_users))[:USERS_SAMPLE]
     content = msgspec.json.encode(raw_users.gather(np.sort(picked)).to_list())
-    _write_private(path, content)
+    write_private(path, content)
 
 
 def _write_fault_report(path: Path, faults: RowFaults) -> Path | None:
@@ -353,7 +372,7 @@ def _write_fault_report(path: Path, faults: RowFaults) -> Path | None:
         path.unlink(missing_ok=True)
         return None
     content = b"\n".join(msgspec.json.encode(fault) for fault in sorted(faults.samples, key=lambda f: f.row)) + b"\n"
-    _write_private(path, content)
+    write_private(path, content)
     return path
 
 

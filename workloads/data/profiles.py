@@ -10,6 +10,7 @@ loads no data library, because the gateway imports it.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import sqlite3
 import threading
@@ -58,6 +59,9 @@ class Watermark(msgspec.Struct, frozen=True, array_like=True):
 
     seq: int = 0
     known_ms: int = 0
+
+
+START: Final = Watermark()
 
 
 class ProfilesDownError(Exception):
@@ -118,6 +122,11 @@ class ProfileStore(Protocol):
 def now_ms() -> int:
     """The wall clock."""
     return time.time_ns() // 1_000_000
+
+
+def tombstone(pseudonym: str) -> str:
+    """What is remembered of a forgotten pseudonym: it can be recognised when it comes, and not read."""
+    return hashlib.sha256(b"rankbridge/forgotten\x00" + pseudonym.encode()).hexdigest()[:32]
 
 
 # --- what becomes of a batch, wherever it is kept -------------------------------------------------
@@ -255,7 +264,7 @@ _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS profiles (pseudonym TEXT PRIMARY KEY, touches BLOB NOT NULL, older BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS items (item TEXT PRIMARY KEY, activity BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS forgotten (pseudonym TEXT PRIMARY KEY, at_ms INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS forgotten (mark TEXT PRIMARY KEY, at_ms INTEGER NOT NULL) WITHOUT ROWID;
 """
 
 
@@ -330,7 +339,7 @@ class SqliteProfiles:
                 {
                     who: row[0]
                     for who in people
-                    if (row := one("SELECT at_ms FROM forgotten WHERE pseudonym = ?", (who,)).fetchone())
+                    if (row := one("SELECT at_ms FROM forgotten WHERE mark = ?", (tombstone(who),)).fetchone())
                 },
             )
             taken = rows.take(new)
@@ -345,7 +354,8 @@ class SqliteProfiles:
         at = self._clock_ms()
         with self._transaction() as connection:
             connection.execute("DELETE FROM forgotten WHERE at_ms < ?", (at - FORGOTTEN_MS,))
-            connection.executemany("INSERT OR REPLACE INTO forgotten VALUES (?, ?)", [(who, at) for who in pseudonyms])
+            marks = [(tombstone(who), at) for who in pseudonyms]
+            connection.executemany("INSERT OR REPLACE INTO forgotten VALUES (?, ?)", marks)
             known = sum(
                 connection.execute("DELETE FROM profiles WHERE pseudonym = ?", (who,)).rowcount
                 for who in dict.fromkeys(pseudonyms)
@@ -360,15 +370,15 @@ class SqliteProfiles:
         meta: Mapping[str, str],
         *,
         items: Iterable[tuple[str, ItemActivity]] = (),
-        as_of_ms: int = 0,
+        watermark: Watermark = START,
     ) -> int:
         """Put these profiles in the place of all that is there, in one transaction; the number that were written.
 
-        The watermark goes back to the start: what the spool still holds is applied again, on top. People who were
-        forgotten stay so.
+        The watermark goes back to the given one: what the spool has beyond it is applied again, on top. People who
+        were forgotten stay so.
         """
         with self._transaction() as connection:
-            forgotten = {who for (who,) in connection.execute("SELECT pseudonym FROM forgotten")}
+            forgotten = {mark for (mark,) in connection.execute("SELECT mark FROM forgotten")}
             for table in ("profiles", "items", "meta"):
                 connection.execute(f"DELETE FROM {table}")  # noqa: S608 - names are ours
             connection.executemany(
@@ -376,11 +386,11 @@ class SqliteProfiles:
                 (
                     (profile.pseudonym, *rows_of(profile.touches))
                     for profile in profiles
-                    if profile.pseudonym not in forgotten
+                    if tombstone(profile.pseudonym) not in forgotten
                 ),
             )
             connection.executemany("INSERT INTO items VALUES (?, ?)", ((item, encode(row)) for item, row in items))
-            kept = {"dataset": "", **meta, "format": FORMAT, "watermark": encode(Watermark(0, as_of_ms))}
+            kept = {"dataset": "", **meta, "format": FORMAT, "watermark": encode(watermark)}
             connection.executemany("INSERT INTO meta VALUES (?, ?)", kept.items())
             return int(connection.execute("SELECT count(*) FROM profiles").fetchone()[0])
 
@@ -476,17 +486,17 @@ def write_profiles(
     meta: Mapping[str, str],
     *,
     items: Iterable[tuple[str, ItemActivity]] = (),
-    as_of_ms: int = 0,
+    watermark: Watermark = START,
 ) -> int:
     """Fill the store at `path`, in place if there is one: who reads it meanwhile sees all of the old or all of the new.
 
-    `meta` is kept beside them; `dataset` in it says which data set they are of, `as_of_ms` up to when. A profile may
+    `meta` is kept beside them; `dataset` in it says which data set they are of, `watermark` what of the spool is in it. A profile may
     have more than TOUCHES_MAX touches: the older ones keep their counts. Returns the number of profiles.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if filled_from(path) is not None:
         with SqliteProfiles(path) as store:
-            return store.fill(profiles, meta, items=items, as_of_ms=as_of_ms)
+            return store.fill(profiles, meta, items=items, watermark=watermark)
     # There is none, or what nobody could read: a new file takes its place.
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.unlink(missing_ok=True)
@@ -497,7 +507,7 @@ def write_profiles(
             connection.execute("INSERT INTO meta VALUES ('format', ?)", (FORMAT,))
             connection.execute("COMMIT")
         with SqliteProfiles(draft) as store:
-            count = store.fill(profiles, meta, items=items, as_of_ms=as_of_ms)
+            count = store.fill(profiles, meta, items=items, watermark=watermark)
         # A log of the file that was there before would be read into the new one.
         for leftover in (f"{path.name}-wal", f"{path.name}-shm"):
             path.with_name(leftover).unlink(missing_ok=True)
@@ -527,6 +537,13 @@ def filled_from(path: Path) -> str | None:
     except sqlite3.Error:
         return None
     return str(meta["dataset"]) if whole and meta.get("format") == FORMAT and "dataset" in meta else None
+
+
+def refill_mark(path: Path, old: str, new: str) -> None:
+    """Say that the store at `path` was filled from `new`, where it says `old`: the same data set with fewer rows."""
+    if filled_from(path) == old:
+        with contextlib.closing(_connect(path, "rw")) as connection:
+            connection.execute("UPDATE meta SET value = ? WHERE name = 'dataset'", (new,))
 
 
 # --- which of them --------------------------------------------------------------------------------

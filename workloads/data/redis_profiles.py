@@ -19,6 +19,7 @@ from workloads.data.profiles import (
     FORGOTTEN_MS,
     FORMAT,
     LOOK_UP_TIMEOUT_S,
+    START,
     Profile,
     ProfilesDownError,
     Rows,
@@ -29,6 +30,7 @@ from workloads.data.profiles import (
     encode,
     now_ms,
     rows_of,
+    tombstone,
 )
 
 _WRITE_TIMEOUT_S: Final = 5.0
@@ -166,11 +168,11 @@ class RedisProfiles:
         meta: Mapping[str, str],
         *,
         items: Iterable[tuple[str, ItemActivity]] = (),
-        as_of_ms: int = 0,
+        watermark: Watermark = START,
     ) -> int:
         """Put these profiles beside and over what is there, in steps; the number that were written.
 
-        Who was in the store and is not among them stays. The watermark goes back to the start, at the end.
+        Who was in the store and is not among them stays. The watermark goes back to the given one, at the end.
         """
         count = 0
         with self._told(), self._redis.pipeline(transaction=False) as pipe:
@@ -187,7 +189,7 @@ class RedisProfiles:
             for item, activity in items:
                 pipe.set(_item(item), encode(activity))
             pipe.set(_META, encode({**meta, "format": FORMAT}))
-            pipe.set(_WATERMARK, encode(Watermark(0, as_of_ms)))
+            pipe.set(_WATERMARK, encode(watermark))
             pipe.incr(_EPOCH)
             pipe.execute()
         return count
@@ -234,7 +236,7 @@ def _older(pseudonym: str) -> str:
 
 
 def _forgotten(pseudonym: str) -> str:
-    return f"{_PREFIX}forgotten:{pseudonym}"
+    return f"{_PREFIX}forgotten:{tombstone(pseudonym)}"
 
 
 def _item(item: str) -> str:

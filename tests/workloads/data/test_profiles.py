@@ -32,6 +32,7 @@ from workloads.data.profiles import (
     Watermark,
     filled_from,
     open_profiles,
+    tombstone,
     write_profiles,
 )
 from workloads.data.redis_profiles import RedisProfiles
@@ -141,7 +142,7 @@ def test_an_open_store_sees_what_it_is_filled_with_anew_and_forgotten_people_sta
             feedback.apply([a_sign(7, "p1-a", "lamp")], Watermark(7, AT))
             feedback.delete(["p1-gone"])
         assert gateway.get("p1-gone") is None
-        write_profiles(path, [Profile("p1-b", [touch]), Profile("p1-gone", [touch])], {"dataset": "two"}, as_of_ms=AT)
+        write_profiles(path, [Profile("p1-b", [touch]), Profile("p1-gone", [touch])], {"dataset": "two"}, watermark=Watermark(0, AT))
         assert [profile.pseudonym for profile in gateway.everybody()] == ["p1-b"]
         assert gateway.watermark() == Watermark(0, AT)
     assert filled_from(path) == "two"
@@ -396,7 +397,7 @@ def test_the_memory_of_who_was_forgotten_ends(tmp_path: Path, clock: Clock):
         store.delete(["p1-a"])
         clock.now += FORGOTTEN_MS + 1
         store.delete(["p1-b"])
-        assert store._one("SELECT count(*), max(pseudonym) FROM forgotten") == (1, "p1-b")
+        assert store._one("SELECT count(*), max(mark) FROM forgotten") == (1, tombstone("p1-b"))
 
 
 # --- Redis ----------------------------------------------------------------------------------------
@@ -478,11 +479,11 @@ def test_credentials_come_from_the_environment_and_never_from_the_command_line(t
 
 def test_redis_is_filled_from_a_file(tmp_path: Path, redis_server: RedisServer):
     touches = [Touch(f"sku-{n}", EventType.VIEW, 1, 0, AT + n) for n in range(TOUCHES_MAX + 5)]
-    write_profiles(tmp_path / "profiles.sqlite", [Profile("p1-a", touches)], {"dataset": "one"}, as_of_ms=AT)
+    write_profiles(tmp_path / "profiles.sqlite", [Profile("p1-a", touches)], {"dataset": "one"}, watermark=Watermark(0, AT))
     store = RedisProfiles("127.0.0.1", redis_server.port)
     store._redis.flushdb()
     with SqliteProfiles(tmp_path / "profiles.sqlite") as file:
-        assert store.fill(file.everybody(), file.meta, items=file.items(), as_of_ms=file.watermark().known_ms) == 1
+        assert store.fill(file.everybody(), file.meta, items=file.items(), watermark=file.watermark()) == 1
         assert store.get("p1-a") == file.get("p1-a")
     store.apply([a_sign(1, "p1-a", "sku-0", at_ms=AT + 900)], Watermark(1, AT))
     profile = store.get("p1-a")
