@@ -49,11 +49,11 @@ class Journal:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         whole = 0
         for line in path.read_bytes().splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                break
             try:
                 self._take(_decoder.decode(line))
             except msgspec.DecodeError:
-                break
-            if not line.endswith(b"\n"):
                 break
             whole += len(line)
         os.ftruncate(self._descriptor, whole)
