@@ -1,24 +1,40 @@
-"""`python -m workloads.agent install|run ...`: bring a bundle to a site, and keep its models in Triton.
+"""`python -m workloads.agent install|run|rollback|resume ...`: bring bundles to a site, and keep them served.
 
-`install` is a job (progress lines on stdout, exit code 0, 2 with a fault line, 128 + signal). `run` does the same
-and is then a server until SIGTERM: it loads the models whenever Triton does not have them.
+`run` is a server until SIGTERM. It watches a channel of the models bucket (`--channel`, `--models-bucket`; endpoint,
+region and credentials are the standard AWS configuration's) or serves one directory for ever (`--bundle`), and takes
+the site from edition to edition through `<site-dir>/editions.json`. `install` is a job: verify, copy, render, end.
+`rollback` asks the site's agent to go back to an edition that is on disk, and waits; it needs no cloud. `resume` lets
+the site follow its channel again. Jobs write progress lines on stdout; exit code 0, 2 with a fault line, 128 + signal.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from prometheus_client import CollectorRegistry
+
+from workloads.agent import memory
+from workloads.agent.crash import POINTS, kill_at, nowhere
+from workloads.agent.deployment import Deployment
 from workloads.agent.door import HttpTriton
 from workloads.agent.injection import parse_injections
 from workloads.agent.installation import Installation, install
 from workloads.agent.keeper import Keeper
-from workloads.agent.service import create_app
+from workloads.agent.neighbours import HttpNeighbours
+from workloads.agent.releases import ChannelReleases, FixedRelease, Releases
+from workloads.agent.rollback import RollbackFault, resume, rollback
+from workloads.agent.service import Work, create_app
+from workloads.bundle.registry import Registry
+from workloads.bundle.signature import SignatureFault, Trust
+from workloads.bundle.site import SiteDirectory
 from workloads.bundle.store import BundleFault
 from workloads.contract.sites import SiteClass, SiteName
 from workloads.telemetry.metrics import new_registry
@@ -26,6 +42,7 @@ from workloads.telemetry.progress import Progress
 from workloads.telemetry.service import CannotStartError, Service, run
 
 BAD_INPUT = 2
+WAIT_S = 60.0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,45 +56,125 @@ def _parser() -> argparse.ArgumentParser:
         metavar="cpu|gpu",
         help="what Triton may use there",
     )
-    shared.add_argument("--bundle", required=True, type=Path, metavar="DIR", help="directory of the bundle to serve")
-    shared.add_argument("--site-dir", required=True, type=Path, metavar="DIR", help="the site's directory of state")
     shared.add_argument(
         "--inject", action="append", default=[], metavar="FAULT", help="plant a fault: ranker-delay=80ms"
     )
-    parser = argparse.ArgumentParser(prog="python -m workloads.agent", description=__doc__)
+    of_site = argparse.ArgumentParser(add_help=False)
+    of_site.add_argument("--site-dir", required=True, type=Path, metavar="DIR", help="the site's directory of state")
+    parser = argparse.ArgumentParser(
+        prog="python -m workloads.agent", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("install", parents=[shared], help="verify, copy and render the bundle, then end")
-    server = commands.add_parser("run", parents=[shared], help="install, then keep the models loaded until SIGTERM")
+    job = commands.add_parser("install", parents=[shared, of_site], help="verify, copy and render a bundle, then end")
+    job.add_argument("--bundle", required=True, type=Path, metavar="DIR", help="directory of the bundle")
+    server = commands.add_parser("run", parents=[shared, of_site], help="keep the site on its channel until SIGTERM")
+    source = server.add_mutually_exclusive_group(required=True)
+    source.add_argument("--channel", metavar="NAME", help="channel of the registry to follow")
+    source.add_argument("--bundle", type=Path, metavar="DIR", help="one bundle to serve for ever")
+    server.add_argument("--models-bucket", metavar="NAME", help="bucket of the registry; goes with --channel")
+    server.add_argument(
+        "--trust", type=Path, metavar="DIR", help="folder of the signers' public keys; default <site-dir>/trust"
+    )
     server.add_argument("--triton", required=True, metavar="HOST:PORT", help="HTTP address of the site's Triton")
+    server.add_argument("--retrieval", metavar="URL", help="the site's retrieval; without it, it is not waited for")
+    server.add_argument(
+        "--gateway", action="append", default=[], metavar="URL", help="a gateway of the site; once for each"
+    )
     server.add_argument("--listen", required=True, metavar="HOST:PORT", help="loopback address to serve at")
+    server.add_argument("--crash-at", choices=POINTS, help="for tests: die by SIGKILL at this point of a flip")
+    back = commands.add_parser("rollback", parents=[of_site], help="go back to an edition that is on the site's disk")
+    back.add_argument(
+        "--to", metavar="ID", help="bundle id or its beginning, with +N for N deltas; default: the previous"
+    )
+    ahead = commands.add_parser("resume", parents=[of_site], help="follow the channel again after a rollback")
+    for waiting in (back, ahead):
+        waiting.add_argument(
+            "--wait-s", type=float, default=WAIT_S, metavar="S", help=f"how long to wait for it; default {WAIT_S:g}"
+        )
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code: 0 installed, or stopped when asked; 2 on bad input."""
-    options = _parser().parse_args(arguments)
-
-    def bring() -> Installation:
-        """Raises CannotStartError with fault and remedy."""
-        try:
-            return install(options.bundle, options.site_dir, options.site_class, parse_injections(options.inject))
-        except BundleFault as error:
-            raise CannotStartError(f"not a bundle that may be served: {error}", error.remedy) from error
-        except ValueError as error:
-            raise CannotStartError(str(error), "see `python -m workloads.agent install --help`") from error
-        except OSError as error:
-            raise CannotStartError(
-                f"cannot write {options.site_dir}: {error}", "make room, or give a --site-dir that can be written"
-            ) from error
-
+    """Exit code: 0 done, or stopped when asked; 2 on bad input."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command == "run":
+        if (options.channel is None) != (options.models_bucket is None):
+            parser.error("--channel and --models-bucket go together")
+        return run("agent", options.site, options.listen, lambda: _build(options))
     if options.command == "install":
-        return _install(bring)
+        return _job(lambda progress: _install(options, progress))
+    act = rollback if options.command == "rollback" else resume
+    return _job(lambda progress: act(options, progress, clock=time.monotonic, sleep=time.sleep))
 
-    def build() -> Service:
-        models = bring().models
-        return create_app(lambda: HttpTriton.open(options.triton), lambda door: Keeper(door, models), new_registry())
 
-    return run("agent", options.site, options.listen, build)
+def _bring(options: argparse.Namespace) -> Installation:
+    """Raises CannotStartError with fault and remedy."""
+    try:
+        return install(options.bundle, options.site_dir, options.site_class, parse_injections(options.inject))
+    except BundleFault as error:
+        raise CannotStartError(f"not a bundle that may be served: {error}", error.remedy) from error
+    except ValueError as error:
+        raise CannotStartError(str(error), "see `python -m workloads.agent install --help`") from error
+    except OSError as error:
+        raise CannotStartError(
+            f"cannot write {options.site_dir}: {error}", "make room, or give a --site-dir that can be written"
+        ) from error
+
+
+def _build(options: argparse.Namespace) -> Service:
+    """Raises CannotStartError."""
+    releases: Releases
+    if options.channel is None:
+        _bring(options)
+        releases = FixedRelease(options.bundle)
+        memory.write_hold(options.site_dir, None)  # whoever starts it with a bundle wants that one
+    else:
+        releases = _channel(options)
+    try:
+        injection = parse_injections(options.inject)
+    except ValueError as error:
+        raise CannotStartError(str(error), "see `python -m workloads.agent run --help`") from error
+    reached = nowhere if options.crash_at is None else kill_at(options.crash_at)
+
+    @contextlib.asynccontextmanager
+    async def opened(registry: CollectorRegistry) -> AsyncIterator[Work]:
+        async with (
+            HttpTriton.open(options.triton) as door,
+            HttpNeighbours.open(options.retrieval, options.gateway) as neighbours,
+        ):
+            keeper = Keeper(door, {})
+            yield (
+                keeper,
+                Deployment(
+                    SiteDirectory(options.site_dir),
+                    options.site_class,
+                    releases=releases,
+                    door=door,
+                    keeper=keeper,
+                    neighbours=neighbours,
+                    registry=registry,
+                    injection=injection,
+                    reached=reached,
+                ),
+            )
+
+    return create_app(opened, releases, new_registry())
+
+
+def _channel(options: argparse.Namespace) -> ChannelReleases:
+    """Raises CannotStartError."""
+    from workloads.objects.s3 import S3Objects  # noqa: PLC0415 - boto takes memory that a fixed bundle needs not pay
+
+    trust = options.trust or options.site_dir / "trust"
+    try:
+        registry = Registry(S3Objects(options.models_bucket), Trust.read(trust), parallel=2)
+        releases = ChannelReleases(registry, options.channel)
+    except SignatureFault as error:
+        raise CannotStartError(str(error), error.remedy) from error
+    except ValueError as error:
+        raise CannotStartError(str(error), "see `python -m workloads.agent run --help`") from error
+    return releases
 
 
 class _StoppedError(BaseException):
@@ -92,25 +189,29 @@ def _stop(number: int, _: FrameType | None) -> NoReturn:
     raise _StoppedError(number)
 
 
-def _install(bring: Callable[[], Installation]) -> int:
+def _job(work: Callable[[Progress], None]) -> int:
     progress = Progress()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
-        installed = bring()
-    except CannotStartError as error:
+        work(progress)
+    except (CannotStartError, RollbackFault) as error:
         progress.fault(error.fault, error.remedy)
         return BAD_INPUT
     except _StoppedError as stopped:
         return 128 + stopped.number
+    return 0
+
+
+def _install(options: argparse.Namespace, progress: Progress) -> None:
+    installed = _bring(options)
     progress.result(
         {
-            "bundle": str(installed.bundle.path),
+            "bundle": str(installed.bundle),
             "repository": str(installed.repository),
             "models": " ".join(installed.models),
         }
     )
-    return 0
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any, Final, Protocol
 
 import aiohttp
@@ -175,6 +175,8 @@ class FakeTriton:
         """What every load and inference fails with, if anything."""
         self.value = 0.5
         """What every output holds."""
+        self.answers: dict[str, Callable[[Mapping[str, Array]], dict[str, Array]]] = {}
+        """By model: what is answered instead."""
         self._outputs = dict(outputs)
 
     def restart(self) -> None:
@@ -216,6 +218,8 @@ class FakeTriton:
         self._check()
         if self.fault or model not in self.ready:
             raise TritonError(self.fault or f"Request for unknown model: '{model}' is not found")
+        if model in self.answers:
+            return self.answers[model](inputs)
         return {name: np.full((rows, *shape), self.value, np.float32) for name, shape in self._outputs.items()}
 
     def _check(self) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from workloads.agent.injection import Injection
 from workloads.agent.repository import SERVED, render_repository
-from workloads.bundle.store import Bundle, copy_bundle, open_bundle
+from workloads.bundle.store import copy_bundle
 from workloads.contract.sites import SiteClass
 from workloads.contract.tensors import Signature
 
@@ -21,7 +21,7 @@ from workloads.contract.tensors import Signature
 class Installation:
     """A bundle at a site."""
 
-    bundle: Bundle
+    bundle: Path
     """The site's own copy."""
     repository: Path
     models: Mapping[str, Signature]
@@ -34,7 +34,7 @@ def install(source: Path, site_directory: Path, site_class: SiteClass, injection
     Raises BundleFault when the bundle is not one that may be opened, ValueError when the site's class
     cannot do what is injected, OSError when the site's directory cannot be written.
     """
-    bundle = open_bundle(copy_bundle(source, site_directory / "bundles"))
+    bundle = copy_bundle(source, site_directory / "bundles")
     repository = site_directory / "triton"
     names = render_repository(bundle, repository, site_class, injection)
     return Installation(bundle, repository, dict(zip(names, SERVED, strict=True)))

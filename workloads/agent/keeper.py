@@ -1,7 +1,7 @@
-"""Keeping a bundle's models loaded and warm in a Triton that may vanish and come back at any moment.
+"""Keeping models loaded and warm in a Triton that may vanish and come back at any moment.
 
-One `step` looks and mends; calling it again and again is the whole of the agent's work. It knows the
-door, and neither processes nor files.
+One `step` looks and mends; calling it again and again is its whole work. Which models is decided elsewhere
+(`workloads.agent.deployment`). It knows the door, and neither processes nor files.
 """
 
 from __future__ import annotations
@@ -10,39 +10,35 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Final
 
-import numpy as np
-
 from workloads.agent.door import TritonDoor, TritonError
-from workloads.contract.slo import CANDIDATES_RANKED
-from workloads.contract.tensors import Signature
+from workloads.agent.probing import ProbeFault, Recorded, warm
 from workloads.telemetry import log
 
-WARM_BATCHES: Final = (1, 32, CANDIDATES_RANKED, 256)
-"""Batch sizes asked before a model counts as ready: the first request of a size pays for its memory."""
 RETIRE_AFTER_S: Final = 30.0
-"""How long other bundles' models stay loaded beside ours: a gateway that still has the old bundle is
-pointed to the new one in that time."""
+"""How long models that nobody wants stay loaded: gateways that are not asked may still be on them."""
 
 _logger = log.get(component="keeper")
 
 
 class Keeper:
-    """Brings `models` (Triton name -> signature) into Triton and keeps them there.
+    """Brings `models` (Triton name -> its recorded requests) into Triton and keeps them there.
 
-    `missing` is empty when all of them are loaded and warm. Models of other bundles are unloaded last,
-    `retire_after_s` after that. `clock` is monotonic, in seconds.
+    `missing` is empty when all of them are loaded and warm, and answer what was recorded. Other models are
+    unloaded `retire_after_s` after that, but for those in `spared`. `clock` is monotonic, in seconds.
     """
 
     def __init__(
         self,
         door: TritonDoor,
-        models: Mapping[str, Signature],
+        models: Mapping[str, Recorded],
         *,
         retire_after_s: float = RETIRE_AFTER_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._door = door
-        self._models = dict(models)
+        self.models = dict(models)
+        self.spared: set[str] = set()
+        """Being brought in by somebody else: left alone."""
         self._retire_after_s = retire_after_s
         self._clock = clock
         self._said: dict[str, str] = {}
@@ -59,12 +55,13 @@ class Keeper:
             missing["tritonserver"] = "does not answer"
             self._current.clear()
         else:
-            for model, signature in self._models.items():
+            for model, recorded in list(self.models.items()):
                 try:
-                    await self._bring_in(model, signature)
-                except TritonError as error:
+                    await self._bring_in(model, recorded)
+                except (TritonError, ProbeFault) as error:
                     self._current.discard(model)
-                    missing[model] = str(error)
+                    if model in self.models:  # nobody dropped it meanwhile
+                        missing[model] = str(error)
         self._say(missing)
         self.missing = missing
         if missing:
@@ -72,7 +69,27 @@ class Keeper:
         else:
             await self._retire()
 
-    async def _bring_in(self, model: str, signature: Signature) -> None:
+    def is_warm(self, model: str) -> bool:
+        """Whether a model was there, warm and right when it was looked at last."""
+        return model in self._current and model not in self.missing
+
+    def adopt(self, model: str, recorded: Recorded) -> None:
+        """Keep a model that was just loaded and probed."""
+        self.models[model] = recorded
+        self._current.add(model)
+        self.spared.discard(model)
+        self.loads += 1
+
+    async def drop(self, model: str) -> None:
+        """Keep a model no longer, and unload it. Raises TritonError."""
+        self.models.pop(model, None)
+        self._current.discard(model)
+        self.spared.discard(model)
+        if model in await self._door.loaded():
+            await self._door.unload(model)
+            _logger.info("model is unloaded", model=model)
+
+    async def _bring_in(self, model: str, recorded: Recorded) -> None:
         """Load and warm a model, unless it is as we left it.
 
         The first time it is loaded even if it is there: its files may be newer than what runs. What runs
@@ -83,24 +100,10 @@ class Keeper:
         self._current.discard(model)
         begun = self._clock()
         await self._door.load(model)
-        for batch in WARM_BATCHES:
-            if batch <= signature.max_batch:
-                await self._warm(model, signature, batch)
+        await warm(self._door, model, recorded)
         self._current.add(model)
         self.loads += 1
         _logger.info("model is loaded and warm", model=model, seconds=round(self._clock() - begun, 3))
-
-    async def _warm(self, model: str, signature: Signature, batch: int) -> None:
-        inputs = {spec.name: np.zeros((batch, *(spec.shape or (1,))), spec.dtype) for spec in signature.inputs}
-        outputs = await self._door.infer(model, inputs)
-        for spec in signature.outputs:
-            found = outputs.get(spec.name)
-            if found is None or found.shape != (batch, *spec.shape) or not np.isfinite(found).all():
-                what = "nothing" if found is None else f"{found.dtype}{list(found.shape)}"
-                raise TritonError(
-                    f"asked with {batch} rows it answered {what} as {spec.name!r}, not finite {spec.dtype} "
-                    f"{[batch, *spec.shape]}"
-                )
 
     async def _retire(self) -> None:
         now = self._clock()
@@ -110,9 +113,9 @@ class Keeper:
             return
         try:
             for model in await self._door.loaded():
-                if model not in self._models:
+                if model not in self.models and model not in self.spared:
                     await self._door.unload(model)
-                    _logger.info("model of another bundle is unloaded", model=model)
+                    _logger.info("model that nobody wants is unloaded", model=model)
         except TritonError as error:
             _logger.warning("could not unload", fault=str(error))
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Final
 
 from workloads.agent.injection import NOTHING_INJECTED, Injection
-from workloads.bundle.store import Bundle
 from workloads.contract.sites import SiteClass
 from workloads.contract.tensors import RANKER, Signature, TensorSpec
 
@@ -30,9 +29,9 @@ _DATA_TYPES: Final[Mapping[str, str]] = {"int64": "TYPE_INT64", "float32": "TYPE
 
 
 def render_repository(
-    bundle: Bundle, repository: Path, site_class: SiteClass, injection: Injection = NOTHING_INJECTED
+    bundle: Path, repository: Path, site_class: SiteClass, injection: Injection = NOTHING_INJECTED
 ) -> tuple[str, ...]:
-    """Write the bundle's models into `repository` and return their Triton names.
+    """Write the models of the bundle in this directory into `repository` and return their Triton names.
 
     Each model's directory appears by one rename; one that is there and right stays as it is. Other
     bundles' models are not touched. Raises ValueError when the class cannot do what is injected.
@@ -42,11 +41,11 @@ def render_repository(
     repository.mkdir(parents=True, exist_ok=True)
     names = []
     for signature in SERVED:
-        name = signature.triton_name(bundle.id)
+        name = signature.triton_name(bundle.name)
         files = {"config.pbtxt": config(signature, name, site_class, injection).encode()}
         if site_class is SiteClass.CPU:
             files[f"{VERSION}/model.py"] = BACKEND_SOURCE.read_bytes()
-        _place(repository / name, files, bundle.model_path(signature))
+        _place(repository / name, files, bundle / f"{signature.role}.onnx")
         names.append(name)
     return tuple(names)
 

@@ -23,9 +23,16 @@ SWITCH_S: Final = 0.0005
 
 
 async def beside(work: Callable[[], T]) -> T:
+    """As `in_thread`, for work that is Python itself, beside an event loop that is in a hurry."""
+    with _undisturbed():
+        return await in_thread(work)
+
+
+async def in_thread(work: Callable[[], T]) -> T:
     """What `work` returns or raises; it runs in a thread of its own.
 
-    A thread cannot be stopped: when the caller is cancelled, the work goes on and its result is dropped.
+    A thread cannot be stopped: when the caller is cancelled, the work goes on and its result is dropped. It does not
+    keep the process from ending, as threads of the loop's own pool do.
     """
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
@@ -47,10 +54,8 @@ async def beside(work: Callable[[], T]) -> T:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped meanwhile
             loop.call_soon_threadsafe(finish, result, error)
 
-    with _undisturbed():
-        # Not the loop's pool: that would keep the thread, and the memory that was allocated for it, for ever.
-        threading.Thread(target=run, name="beside", daemon=True).start()
-        return await done
+    threading.Thread(target=run, name="beside", daemon=True).start()
+    return await done
 
 
 @contextlib.contextmanager

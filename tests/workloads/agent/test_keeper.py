@@ -5,9 +5,18 @@ import pytest
 
 from workloads.agent.door import FakeTriton, TritonError
 from workloads.agent.keeper import RETIRE_AFTER_S, Keeper
+from workloads.agent.probing import Recorded
+from workloads.bundle.probes import Probes
 from workloads.contract.tensors import RANKER
 
 OURS, OLD = "ranker-aaaaaaaaaaaa", "ranker-bbbbbbbbbbbb"
+RECORDED = Recorded(
+    Probes(
+        {spec.name: np.zeros((40, *spec.shape), spec.dtype) for spec in RANKER.inputs},
+        np.full((40, 1), 0.5, np.float32),
+    ),
+    limit=1e-4,
+)
 
 
 class Clock:
@@ -32,7 +41,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def keeper(triton: FakeTriton, clock: Clock) -> Keeper:
-    return Keeper(triton, {OURS: RANKER}, clock=clock)
+    return Keeper(triton, {OURS: RECORDED}, clock=clock)
 
 
 def _did(triton: FakeTriton) -> list[str]:
@@ -102,8 +111,25 @@ async def test_a_model_that_answers_nonsense_is_not_ready(keeper: Keeper, triton
     assert "not finite float32 [1, 1]" in keeper.missing[OURS]
 
 
+async def test_a_model_that_does_not_answer_what_was_recorded_is_not_ready(keeper: Keeper, triton: FakeTriton) -> None:
+    triton.value = 0.51
+    await keeper.step()
+    assert "0.01 from what was recorded" in keeper.missing[OURS]
+
+
+async def test_a_model_that_somebody_is_bringing_in_is_not_unloaded(
+    keeper: Keeper, triton: FakeTriton, clock: Clock
+) -> None:
+    await triton.load(OLD)
+    keeper.spared.add(OLD)
+    await keeper.step()
+    clock.now += RETIRE_AFTER_S
+    await keeper.step()
+    assert OLD in triton.ready
+
+
 async def test_a_model_with_another_output_is_not_ready() -> None:
-    keeper = Keeper(FakeTriton({"logit": (1,)}, OURS), {OURS: RANKER})
+    keeper = Keeper(FakeTriton({"logit": (1,)}, OURS), {OURS: RECORDED})
     await keeper.step()
     assert "answered nothing as 'probability'" in keeper.missing[OURS]
 

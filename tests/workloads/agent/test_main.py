@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from workloads.agent.__main__ import main
-from workloads.bundle import store
+from workloads.bundle import incoming
 from workloads.bundle.store import verify
 from workloads.telemetry.progress import FaultLine, Line, ResultLine, parse
 
@@ -78,7 +78,7 @@ def test_an_install_that_is_told_to_end_ends_and_leaves_nothing_half_made(
     def told_while_syncing(_: Path) -> None:
         signal.raise_signal(number)
 
-    monkeypatch.setattr(store, "_sync", told_while_syncing)
+    monkeypatch.setattr(incoming, "_sync", told_while_syncing)
     assert _install(made, tmp_path) == code
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 

@@ -13,7 +13,6 @@ import pytest
 
 from workloads.agent.injection import Injection
 from workloads.agent.repository import BACKEND_SOURCE, render_repository
-from workloads.bundle.store import open_bundle
 from workloads.contract.sites import SiteClass
 from workloads.contract.tensors import RANKER, RANKER_DENSE, RANKER_SPARSE
 
@@ -78,7 +77,7 @@ def backend(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
 
 @pytest.fixture
 def folder(made: Path, tmp_path: Path) -> Path:
-    (name,) = render_repository(open_bundle(made), tmp_path, SiteClass.CPU, Injection())
+    (name,) = render_repository(made, tmp_path, SiteClass.CPU, Injection())
     return tmp_path / name
 
 

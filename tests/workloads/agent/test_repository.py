@@ -8,7 +8,6 @@ import pytest
 
 from workloads.agent.injection import Injection, parse_injections
 from workloads.agent.repository import config, render_repository
-from workloads.bundle.store import open_bundle
 from workloads.contract.sites import SiteClass
 from workloads.contract.tensors import ITEM_TOWER, RANKER, RANKER_DENSE, RANKER_SPARSE
 
@@ -18,20 +17,18 @@ def _files(repository: Path) -> set[str]:
 
 
 def test_a_cpu_site_runs_the_ranker_in_the_python_backend(made: Path, tmp_path: Path) -> None:
-    bundle = open_bundle(made)
-    (name,) = render_repository(bundle, tmp_path, SiteClass.CPU)
-    assert name == f"ranker-{bundle.short}"
+    (name,) = render_repository(made, tmp_path, SiteClass.CPU)
+    assert name == f"ranker-{made.name[:12]}"
     assert _files(tmp_path) == {f"{name}/config.pbtxt", f"{name}/1/model.py", f"{name}/1/model.onnx"}
     text = (tmp_path / name / "config.pbtxt").read_text()
     assert 'backend: "python"' in text
     assert "KIND_CPU" in text
     assert "KIND_GPU" not in text
-    assert (tmp_path / name / "1/model.onnx").read_bytes() == bundle.model_path(RANKER).read_bytes()
+    assert (tmp_path / name / "1/model.onnx").read_bytes() == (made / "ranker.onnx").read_bytes()
 
 
 def test_a_gpu_site_runs_the_same_file_in_the_onnxruntime_backend(made: Path, tmp_path: Path) -> None:
-    bundle = open_bundle(made)
-    (name,) = render_repository(bundle, tmp_path, SiteClass.GPU)
+    (name,) = render_repository(made, tmp_path, SiteClass.GPU)
     assert _files(tmp_path) == {f"{name}/config.pbtxt", f"{name}/1/model.onnx"}
     text = (tmp_path / name / "config.pbtxt").read_text()
     assert 'backend: "onnxruntime"' in text
@@ -71,31 +68,29 @@ def test_an_injected_delay_is_a_parameter_and_its_absence_is_none() -> None:
 
 def test_a_gpu_site_refuses_a_delay_that_it_cannot_plant(made: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="class cpu only"):
-        render_repository(open_bundle(made), tmp_path, SiteClass.GPU, Injection(ranker_delay_ms=80))
+        render_repository(made, tmp_path, SiteClass.GPU, Injection(ranker_delay_ms=80))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_rendering_again_changes_nothing_and_another_injection_replaces_the_model(made: Path, tmp_path: Path) -> None:
-    bundle = open_bundle(made)
-    (name,) = render_repository(bundle, tmp_path, SiteClass.CPU)
+    (name,) = render_repository(made, tmp_path, SiteClass.CPU)
     (tmp_path / name / "1/__pycache__").mkdir()
     (tmp_path / name / "1/__pycache__/model.pyc").touch()
     before = (tmp_path / name).stat().st_ino
-    render_repository(bundle, tmp_path, SiteClass.CPU)
+    render_repository(made, tmp_path, SiteClass.CPU)
     assert (tmp_path / name).stat().st_ino == before
-    render_repository(bundle, tmp_path, SiteClass.CPU, Injection(ranker_delay_ms=5))
+    render_repository(made, tmp_path, SiteClass.CPU, Injection(ranker_delay_ms=5))
     assert "inject_delay_ms" in (tmp_path / name / "config.pbtxt").read_text()
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_a_model_file_that_was_altered_is_rendered_anew(made: Path, tmp_path: Path) -> None:
-    bundle = open_bundle(made)
-    (name,) = render_repository(bundle, tmp_path, SiteClass.CPU)
+    (name,) = render_repository(made, tmp_path, SiteClass.CPU)
     altered = tmp_path / name / "1/model.onnx"
     altered.unlink()
     altered.write_bytes(b"other")
-    render_repository(bundle, tmp_path, SiteClass.CPU)
-    assert altered.read_bytes() == bundle.model_path(RANKER).read_bytes()
+    render_repository(made, tmp_path, SiteClass.CPU)
+    assert altered.read_bytes() == (made / "ranker.onnx").read_bytes()
 
 
 def test_a_disk_without_hard_links_gets_a_copy(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +98,7 @@ def test_a_disk_without_hard_links_gets_a_copy(made: Path, tmp_path: Path, monke
         raise OSError("no links here")
 
     monkeypatch.setattr(os, "link", refuse)
-    (name,) = render_repository(open_bundle(made), tmp_path, SiteClass.CPU)
+    (name,) = render_repository(made, tmp_path, SiteClass.CPU)
     assert (tmp_path / name / "1/model.onnx").stat().st_nlink == 1
 
 

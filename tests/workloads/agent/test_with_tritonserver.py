@@ -23,10 +23,11 @@ import pytest
 from rankbridge.triton import locate, remove_shared_memory
 from workloads.agent.door import HttpTriton, TritonError
 from workloads.agent.injection import Injection
-from workloads.agent.installation import install
+from workloads.agent.installation import Installation, install
 from workloads.agent.keeper import Keeper
+from workloads.agent.probing import Recorded
 from workloads.agent.repository import render_repository
-from workloads.bundle.store import open_bundle
+from workloads.bundle.probes import open_probes
 from workloads.contract.sites import ONPREM, AddressBook, Listener, SiteClass
 from workloads.contract.tensors import RANKER, RANKER_DENSE, RANKER_SPARSE
 
@@ -100,6 +101,12 @@ def server(tmp_path: Path) -> Iterator[Server]:
         remove_shared_memory(server.site, server.book)
 
 
+def kept(installed: Installation) -> dict[str, Recorded]:
+    """What a keeper keeps of it, over its own recorded requests."""
+    recorded = Recorded.of(open_probes(installed.bundle / "probes.safetensors"), SiteClass.CPU)
+    return dict.fromkeys(installed.models, recorded)
+
+
 def _batch(rows: int) -> dict[str, np.ndarray]:
     numbers = np.random.default_rng(rows)
     return {
@@ -111,9 +118,9 @@ def _batch(rows: int) -> dict[str, np.ndarray]:
 async def test_triton_answers_what_onnxruntime_answers(made: Path, server: Server) -> None:
     installed = install(made, server.directory, SiteClass.CPU, Injection())
     (model,) = installed.models
-    session = ort.InferenceSession(installed.bundle.model_path(RANKER))
+    session = ort.InferenceSession(installed.bundle / "ranker.onnx")
     async with HttpTriton.open(server.address) as door:
-        keeper = Keeper(door, installed.models)
+        keeper = Keeper(door, kept(installed))
         await keeper.step()
         assert keeper.missing == {}
         assert await door.loaded() == [model]
@@ -128,7 +135,7 @@ async def test_a_bad_request_is_an_error_in_tritons_words_and_the_model_serves_o
     installed = install(made, server.directory, SiteClass.CPU, Injection())
     (model,) = installed.models
     async with HttpTriton.open(server.address) as door:
-        await Keeper(door, installed.models).step()
+        await Keeper(door, kept(installed)).step()
         nan, outside, too_many = _batch(4), _batch(4), _batch(RANKER.max_batch + 1)
         nan["dense"][1, 1] = np.nan
         outside["sparse"][0, 0] = 10**6
@@ -152,7 +159,7 @@ async def test_another_bundles_model_is_unloaded_when_its_time_is_over(made: Pat
     config.write_text(config.read_text().replace(model, old))
     async with HttpTriton.open(server.address) as door:
         await door.load(old)
-        keeper = Keeper(door, installed.models, retire_after_s=0)
+        keeper = Keeper(door, kept(installed), retire_after_s=0)
         await keeper.step()
         assert not await door.is_ready(old)
         assert await door.is_ready(model)
@@ -162,7 +169,7 @@ async def test_an_injected_delay_is_a_lower_bound_on_every_answer(made: Path, se
     installed = install(made, server.directory, SiteClass.CPU, Injection(ranker_delay_ms=80))
     (model,) = installed.models
     async with HttpTriton.open(server.address) as door:
-        await Keeper(door, installed.models).step()
+        await Keeper(door, kept(installed)).step()
         for _ in range(3):
             begun = time.monotonic()
             await door.infer(model, _batch(1))
@@ -171,7 +178,7 @@ async def test_an_injected_delay_is_a_lower_bound_on_every_answer(made: Path, se
 
 async def test_the_configuration_of_a_gpu_site_is_one_that_triton_reads(made: Path, server: Server) -> None:
     """This build has no onnxruntime backend and no GPU: that, and nothing in the text, is what it refuses."""
-    (model,) = render_repository(open_bundle(made), server.repository, SiteClass.GPU)
+    (model,) = render_repository(made, server.repository, SiteClass.GPU)
     async with HttpTriton.open(server.address) as door:
         with pytest.raises(TritonError, match=r"unable to find backend library|instance group .* requires|no GPU"):
             await door.load(model)

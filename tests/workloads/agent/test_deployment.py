@@ -1,0 +1,405 @@
+"""From edition to edition: what is served at every moment, who is waited for, and what is refused."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from agent_world import World, altered, model_of, spoil_ranker
+
+from workloads.agent import memory
+from workloads.agent.crash import POINTS
+from workloads.agent.keeper import RETIRE_AFTER_S
+from workloads.agent.memory import Hold
+from workloads.agent.neighbours import Silence
+from workloads.agent.refusal import Hindrance, Refusal
+from workloads.bundle.site import read_editions
+from workloads.contract.editions import Edition
+from workloads.contract.sites import SiteClass
+
+
+async def _served(world: World, bundle: Path) -> None:
+    world.releases.promote(bundle.name)
+    await world.run()
+    assert world.serves == bundle.name
+
+
+async def test_a_site_without_anything_says_so_and_takes_the_first_release(world: World, made: Path) -> None:
+    await world.run()
+    assert world.deployment.missing() == {"edition": "nothing was brought here yet"}
+    await _served(world, made)
+    assert world.deployment.missing() == world.keeper.missing == {}
+    assert world.triton.ready == [model_of(made)]
+
+
+async def test_a_flip_goes_from_one_edition_to_the_other_and_keeps_the_first_on_disk(
+    world: World, made: Path, other: Path
+) -> None:
+    await _served(world, made)
+    await _served(world, other)
+    assert [edition.bundle for edition in world.served] == [made.name, other.name]
+    assert world.triton.ready == [model_of(other)]
+    editions = read_editions(world.site.editions)
+    assert editions is not None
+    assert (editions.load, editions.previous) == ([Edition(bundle=other.name)], Edition(bundle=made.name))
+    assert (editions.channel, editions.sequence) == ("stable", 2)
+    assert {path.name for path in world.site.bundles.iterdir()} == {made.name, other.name}
+
+
+async def test_only_the_current_and_the_previous_bundle_stay_on_disk(
+    world: World, made: Path, other: Path, third: Path
+) -> None:
+    for bundle in (made, other, third):
+        await _served(world, bundle)
+    assert {path.name for path in world.site.bundles.iterdir()} == {other.name, third.name}
+    assert {path.name for path in world.site.triton.iterdir()} == {model_of(other), model_of(third)}
+
+
+async def test_gateways_turn_only_when_retrieval_holds_the_new_edition(world: World, made: Path, other: Path) -> None:
+    await _served(world, made)
+    for silence in Silence:
+        world.neighbours.retrieval_silence = silence
+        world.releases.promote(other.name)
+        await world.run()
+        assert world.serves == made.name
+        assert "retrieval to hold" in str(world.deployment.detail()["waits_for"])
+    world.neighbours.retrieval_silence = None
+    await world.run()
+    assert world.serves == other.name
+
+
+@pytest.mark.parametrize("hanging", ["draining", "mute"])
+async def test_the_old_model_stays_until_every_gateway_is_done_with_it(
+    world: World, made: Path, other: Path, hanging: str
+) -> None:
+    await _served(world, made)
+    world.releases.promote(other.name)
+    if hanging == "draining":
+        world.neighbours.draining = 3
+    else:
+        world.neighbours.gateway_silence = Silence.MUTE
+    await world.run()
+    assert set(world.triton.ready) == {model_of(made), model_of(other)}
+    assert Edition(bundle=made.name) in world.neighbours.holds
+    world.neighbours.draining, world.neighbours.gateway_silence = 0, None
+    await world.run()
+    assert world.triton.ready == [model_of(other)]
+
+
+async def test_a_gateway_that_does_not_run_is_not_waited_for(world: World, made: Path, other: Path) -> None:
+    await _served(world, made)
+    world.neighbours.gateway_silence = Silence.ABSENT
+    world.releases.promote(other.name)
+    await world.run()
+    assert world.triton.ready == [model_of(other)]
+
+
+async def test_the_same_release_again_moves_nothing(world: World, made: Path) -> None:
+    await _served(world, made)
+    calls = len(world.triton.calls)
+    world.releases.promote(made.name)
+    await world.run()
+    assert len(world.triton.calls) == calls
+
+
+async def test_a_cloud_that_is_gone_changes_nothing(world: World, made: Path) -> None:
+    await _served(world, made)
+    world.releases.fault = Hindrance("no route to the cloud")
+    world.start()
+    await world.run()
+    assert (world.serves, world.deployment.missing(), world.keeper.missing) == (made.name, {}, {})
+
+
+async def test_what_hinders_a_fetch_is_tried_again_with_growing_patience_and_then_done(
+    world: World, made: Path, other: Path
+) -> None:
+    await _served(world, made)
+    world.releases.promote(other.name)
+    world.deployment.offer(world.releases.wanted())
+    world.releases.fault = Hindrance("the disk is full")
+    before = world.releases.fetches
+    for _ in range(120):
+        await world.turn()
+        world.clock.now += 0.5
+    assert world.releases.fetches - before <= 7
+    assert world.serves == made.name
+    assert world.deployment.detail()["hindered_by"] == "the disk is full"
+    world.releases.fault = None
+    world.clock.now += 60
+    await world.run()
+    assert world.serves == other.name
+
+
+async def test_an_older_pointer_than_one_seen_before_moves_nobody_also_after_a_restart(
+    world: World, made: Path, other: Path
+) -> None:
+    await _served(world, made)
+    old = world.releases.wanted()
+    await _served(world, other)
+    world.start()
+    world.releases.pointer = old
+    await world.run()
+    assert world.serves == other.name
+    assert world.counted('rankbridge_agent_refusals_total{reason="old_pointer"}') == 1
+
+
+# what is refused
+
+
+def _nan(source: Path) -> None:
+    spoil_ranker(source, float("nan"))
+
+
+BAD: dict[str, tuple[Callable[[Path], None] | None, str]] = {
+    "NaN weights": (_nan, "nonsense"),
+    "other weights": (functools.partial(spoil_ranker, value=0.3), "parity"),
+    "for other hardware": (None, "site_class"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+async def test_a_bad_release_is_refused_once_and_the_old_one_serves_on(
+    make_world: Callable[..., World], made: Path, tmp_path: Path, fault: str
+) -> None:
+    change, reason = BAD[fault]
+    requires = [SiteClass.GPU] if change is None else None
+    bad = altered(made, tmp_path / "bad", change or (lambda _: None), requires)
+    world = make_world(made, bad)
+    await _served(world, made)
+    world.releases.promote(bad.name)
+    await world.run(40)
+    assert world.serves == made.name
+    assert world.triton.ready == [model_of(made)]
+    assert world.counted(f'rankbridge_agent_refusals_total{{reason="{reason}"}}') == 1
+    assert world.releases.fetches == 2
+    assert world.deployment.detail()["refused"]
+    assert world.deployment.missing() == {}
+    assert {path.name for path in world.site.bundles.iterdir()} == {made.name}
+    # What was refused is forgotten when the channel says something else.
+    world.releases.promote(made.name)
+    await world.run()
+    assert world.deployment.detail()["refused"] == {}
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "added"])
+async def test_a_damaged_bundle_is_refused_with_its_file_and_nothing_of_it_is_loaded(
+    make_world: Callable[..., World], made: Path, other: Path, tmp_path: Path, damage: str
+) -> None:
+    import shutil  # noqa: PLC0415 - only here
+
+    bad = Path(shutil.copytree(other, tmp_path / "bad" / other.name))
+    file = bad / ("extra.json" if damage == "added" else "ranker.onnx")
+    data = b"{}" if damage == "added" else file.read_bytes()
+    file.write_bytes(
+        data[:-5] if damage == "truncated" else data[:-1] + bytes([data[-1] ^ 1]) if data != b"{}" else data
+    )
+    world = make_world(made, bad)
+    await _served(world, made)
+    world.releases.promote(bad.name)
+    await world.run()
+    assert world.serves == made.name
+    assert model_of(bad) not in {model for _, model in world.triton.calls}
+    (why,) = dict(world.deployment.detail()["refused"]).values()  # type: ignore[call-overload]  # a dict by name
+    assert file.name in why
+
+
+async def test_a_signature_that_is_not_trusted_is_refused_by_name(world: World, made: Path, other: Path) -> None:
+    await _served(world, made)
+    world.releases.promote(other.name)
+    world.deployment.offer(world.releases.wanted())
+    world.releases.fault = Refusal("signature", "is signed by the key deadbeef")
+    await world.run()
+    assert world.serves == made.name
+    assert world.counted('rankbridge_agent_refusals_total{reason="signature"}') == 1
+
+
+async def test_a_model_that_triton_cannot_load_is_refused_in_its_own_words(
+    world: World, made: Path, other: Path
+) -> None:
+    await _served(world, made)
+    world.triton.models.discard(model_of(other))
+    world.releases.promote(other.name)
+    await world.run()
+    assert world.serves == made.name
+    assert "failed to load" in str(world.deployment.detail()["refused"])
+
+
+async def test_a_triton_that_is_away_refuses_nobody(world: World, made: Path, other: Path) -> None:
+    await _served(world, made)
+    world.triton.live = False
+    world.releases.promote(other.name)
+    for _ in range(5):
+        world.deployment.offer(world.releases.wanted())
+        await world.deployment.step()
+        world.clock.now += 0.5
+    assert world.deployment.detail()["refused"] == {}
+    world.triton.live = True
+    world.clock.now += 60
+    await world.run()
+    assert world.serves == other.name
+
+
+async def test_a_slow_model_is_refused_with_its_time_and_the_budget(
+    world: World, made: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await _served(world, made)
+    monkeypatch.setattr("workloads.agent.probing.LATENCY_BUDGET_MS", -1.0)
+    monkeypatch.setattr("workloads.agent.probing.BETWEEN_ROUNDS_S", 0.0)
+    world.releases.promote(other.name)
+    await world.run()
+    assert world.serves == made.name
+    assert "the budget is -1 ms" in str(world.deployment.detail()["refused"])
+
+
+async def test_an_edition_that_retrieval_cannot_open_is_taken_back(world: World, made: Path, other: Path) -> None:
+    await _served(world, made)
+    world.neighbours.retrieval_fault = (Edition(bundle=other.name), "ann.faiss cannot be read")
+    world.releases.promote(other.name)
+    await world.run()
+    editions = read_editions(world.site.editions)
+    assert editions is not None
+    assert (world.serves, editions.load) == (made.name, [Edition(bundle=made.name)])
+    assert "ann.faiss cannot be read" in str(world.deployment.detail()["refused"])
+    assert world.triton.ready == [model_of(made)]
+
+
+async def test_an_edition_that_one_gateway_cannot_open_is_taken_back_at_all_of_them(
+    make_world: Callable[..., World], made: Path, other: Path, third: Path
+) -> None:
+    world = make_world(made, other, third, gateways=2)
+    await _served(world, third)
+    await _served(world, made)
+    world.neighbours.gateway_fault = (Edition(bundle=other.name), "out of memory")
+    world.releases.promote(other.name)
+    await world.run()
+    assert world.neighbours.serves == [Edition(bundle=made.name)] * 2
+    editions = read_editions(world.site.editions)
+    assert editions is not None
+    assert editions.previous == Edition(bundle=third.name)  # as before: nothing was flipped
+    assert world.counted('rankbridge_agent_refusals_total{reason="gateway"}') == 1
+
+
+# back by hand
+
+
+def _hold(world: World, bundle: Path, sequence: int) -> None:
+    memory.write_hold(world.root, Hold(edition=Edition(bundle=bundle.name), sequence=sequence))
+
+
+async def test_a_rollback_needs_no_cloud_and_holds_until_the_channel_moves_on(
+    world: World, made: Path, other: Path, third: Path
+) -> None:
+    await _served(world, made)
+    await _served(world, other)
+    world.releases.fault = Hindrance("gone")
+    _hold(world, made, 2)
+    await world.run()
+    assert world.serves == made.name
+    world.start()  # also after a restart, with the cloud back at the same pointer
+    world.releases.fault = None
+    await world.run()
+    assert world.serves == made.name
+    await _served(world, third)
+    assert memory.read_hold(world.root) is None
+
+
+async def test_a_rollback_to_a_bundle_that_was_damaged_on_disk_is_refused_and_answered(
+    world: World, made: Path, other: Path
+) -> None:
+    await _served(world, made)
+    await _served(world, other)
+    damaged = world.site.bundle(made.name) / "ranker.onnx"
+    damaged.chmod(0o644)
+    damaged.write_bytes(b"other")
+    _hold(world, made, 2)
+    await world.run()
+    assert world.serves == other.name
+    hold = memory.read_hold(world.root)
+    assert hold is not None
+    assert "ranker.onnx" in str(hold.refused)
+
+
+async def test_a_flip_that_hangs_on_a_gateway_can_be_taken_back(world: World, made: Path, other: Path) -> None:
+    await _served(world, made)
+    world.neighbours.draining = 1
+    world.releases.promote(other.name)
+    await world.run()
+    assert world.serves == other.name
+    _hold(world, made, 2)
+    await world.run()
+    assert world.serves == made.name
+    world.neighbours.draining = 0
+    await world.run()
+    assert world.triton.ready == [model_of(made)]
+
+
+# crashes
+
+
+class _Crash(BaseException):
+    """The process is gone: nothing after it runs."""
+
+
+def _crash_at(point: str) -> Callable[[str], None]:
+    def reached(name: str) -> None:
+        if name == point:
+            raise _Crash
+
+    return reached
+
+
+@pytest.mark.parametrize("triton_survives", [True, False])
+@pytest.mark.parametrize("point", POINTS)
+async def test_an_agent_that_dies_at_any_point_leaves_the_old_or_the_new_edition_and_reaches_the_new_one(
+    world: World, made: Path, other: Path, point: str, *, triton_survives: bool
+) -> None:
+    await _served(world, made)
+    world.start(_crash_at(point))
+    world.releases.promote(other.name)
+    with pytest.raises(_Crash):
+        await world.run()
+    world.look()  # the others live on: what they serve is whole
+    assert world.serves in {made.name, other.name}
+    if not triton_survives:
+        world.triton.restart()
+    world.start()
+    if not triton_survives:
+        await world.keeper.step()
+    world.look()
+    await world.run()
+    assert world.serves == other.name
+    assert [edition.bundle for edition in world.served] == [made.name, other.name]
+    world.clock.now += RETIRE_AFTER_S
+    await world.run()
+    assert world.triton.ready == [model_of(other)]
+
+
+@pytest.mark.parametrize("point", [*POINTS[: POINTS.index("announced")], "alone", "unloaded", "cleaned"])
+async def test_an_agent_that_dies_while_bringing_the_first_edition_brings_it_when_it_is_started_again(
+    world: World, made: Path, point: str
+) -> None:
+    world.start(_crash_at(point))
+    world.releases.promote(made.name)
+    with pytest.raises(_Crash):
+        await world.run()
+    world.start()
+    await world.run()
+    assert world.serves == made.name
+
+
+@pytest.mark.parametrize("point", POINTS)
+async def test_an_agent_that_dies_in_a_flip_and_finds_the_channel_rolled_back_goes_back(
+    world: World, made: Path, other: Path, point: str
+) -> None:
+    await _served(world, made)
+    world.start(_crash_at(point))
+    world.releases.promote(other.name)
+    with pytest.raises(_Crash):
+        await world.run()
+    world.start()
+    await _served(world, made)
+    world.clock.now += RETIRE_AFTER_S
+    await world.run()
+    assert world.triton.ready == [model_of(made)]
