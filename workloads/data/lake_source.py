@@ -58,11 +58,12 @@ def _chosen(lake: Lake, origin: str) -> str:
 
 
 def _load(lake: Lake, origin: str, note: Note) -> SourceData:
-    table = lake.events(origins={origin, INTAKE}, columns=[*SCHEMA, "origin"], ordered=True).read_all()
+    table = lake.events(origins={origin, INTAKE}, columns=[*SCHEMA, "origin", "seq"], ordered=True).read_all()
     frame = pl.from_arrow(table)
     if not isinstance(frame, pl.DataFrame) or not frame.height:
         raise SourceError(f"the lake has no events of {origin}", "load a data set or take in a spool first")
     of_intake = frame.filter(pl.col("origin") == INTAKE).height
+    taken = frame.filter(pl.col("origin") == INTAKE).select(pl.col("seq").max().fill_null(0)).item()
     note(f"{frame.height} events from the lake, {of_intake} of them taken in since")
     faults = RowFaults(rows_read=frame.height)
     rows = frame.select(
@@ -89,6 +90,7 @@ def _load(lake: Lake, origin: str, note: Note) -> SourceData:
             rules=rules,
             faults=faults,
             pseudonymous=True,
+            spool_seq=taken,
         )
     folder = lake.origin_folder(origin)
     meta = msgspec.json.decode((folder / "dataset.json").read_bytes(), type=DatasetMeta)
@@ -103,4 +105,5 @@ def _load(lake: Lake, origin: str, note: Note) -> SourceData:
         rules=rules,
         faults=faults,
         pseudonymous=True,
+        spool_seq=taken,
     )

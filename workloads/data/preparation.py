@@ -24,7 +24,7 @@ from workloads.data.dataset import DatasetMeta, FaultSummary, find_prepared, rea
 from workloads.data.definitions import REMEMBERED_MAX
 from workloads.data.events import POSITIVE, EventLog, RowFaults, TooManyFaultsError
 from workloads.data.profile_builder import build_activity, build_profiles
-from workloads.data.profiles import filled_from, refill_mark, write_profiles
+from workloads.data.profiles import Watermark, filled_from, refill_mark, write_profiles
 from workloads.data.reading import SourceError, file_digest
 from workloads.data.source import SourceData
 from workloads.data.split import SplitError, boundaries, compare

@@ -490,8 +490,8 @@ def write_profiles(
 ) -> int:
     """Fill the store at `path`, in place if there is one: who reads it meanwhile sees all of the old or all of the new.
 
-    `meta` is kept beside them; `dataset` in it says which data set they are of, `watermark` what of the spool is in it. A profile may
-    have more than TOUCHES_MAX touches: the older ones keep their counts. Returns the number of profiles.
+    `meta` is kept beside them; `dataset` in it says which data set they are of, `watermark` what of the spool is in it.
+    A profile may have more than TOUCHES_MAX touches: the older ones keep their counts. Returns the number of profiles.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if filled_from(path) is not None:

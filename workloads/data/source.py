@@ -33,3 +33,5 @@ class SourceData:
     parameters: dict[str, int | float | str] = field(default_factory=dict)
     pseudonymous: bool = False
     """Whether users and sessions are pseudonyms already, and stay as they are."""
+    spool_seq: int = 0
+    """Number of the newest row of the intake's spool that is in it: profiles made of it go on from there."""

@@ -142,7 +142,8 @@ def test_an_open_store_sees_what_it_is_filled_with_anew_and_forgotten_people_sta
             feedback.apply([a_sign(7, "p1-a", "lamp")], Watermark(7, AT))
             feedback.delete(["p1-gone"])
         assert gateway.get("p1-gone") is None
-        write_profiles(path, [Profile("p1-b", [touch]), Profile("p1-gone", [touch])], {"dataset": "two"}, watermark=Watermark(0, AT))
+        anew = [Profile("p1-b", [touch]), Profile("p1-gone", [touch])]
+        write_profiles(path, anew, {"dataset": "two"}, watermark=Watermark(0, AT))
         assert [profile.pseudonym for profile in gateway.everybody()] == ["p1-b"]
         assert gateway.watermark() == Watermark(0, AT)
     assert filled_from(path) == "two"
@@ -479,7 +480,7 @@ def test_credentials_come_from_the_environment_and_never_from_the_command_line(t
 
 def test_redis_is_filled_from_a_file(tmp_path: Path, redis_server: RedisServer):
     touches = [Touch(f"sku-{n}", EventType.VIEW, 1, 0, AT + n) for n in range(TOUCHES_MAX + 5)]
-    write_profiles(tmp_path / "profiles.sqlite", [Profile("p1-a", touches)], {"dataset": "one"}, watermark=Watermark(0, AT))
+    write_profiles(tmp_path / "profiles.sqlite", [Profile("p1-a", touches)], {}, watermark=Watermark(0, AT))
     store = RedisProfiles("127.0.0.1", redis_server.port)
     store._redis.flushdb()
     with SqliteProfiles(tmp_path / "profiles.sqlite") as file:
