@@ -69,7 +69,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
         handler = type("Handler", (_Scripted,), {"answer": staticmethod(answer), "seen": seen})
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         servers.append(server)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
         monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
