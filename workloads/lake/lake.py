@@ -194,6 +194,8 @@ class Lake:
     def _is_made(self) -> bool:
         try:
             return self.catalog.table_exists(TABLE)
+        except FileNotFoundError:  # it names a table whose metadata is elsewhere; `_table` says so
+            return True
         finally:
             self.close()
 
@@ -347,11 +349,15 @@ class Lake:
 
         Raises duckdb.Error for a bad question.
         """
+        return self.connection().sql(sql)
+
+    def connection(self) -> duckdb.DuckDBPyConnection:
+        """DuckDB, in memory, with the view `events` of the newest snapshot. The caller closes it, or drops it."""
         table = self._table()
         connection = self._duckdb()
         source = duckdb_source(table.schema(), [str(file.path) for file in self._manifests.files(table)])
         connection.execute(f"CREATE VIEW events AS SELECT * EXCLUDE (filename) FROM {source}")  # noqa: S608 - paths are ours, quoted
-        return connection.sql(sql)
+        return connection
 
     def _duckdb(self) -> duckdb.DuckDBPyConnection:
         spill = self.path / "spill" / f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -489,10 +495,10 @@ class Lake:
         try:
             connection.register("arrived", rows.select(["event_id"]))
             source = duckdb_source(table.schema(), suspects)
-            known: pa.Table = connection.execute(
+            known: pa.Table = connection.sql(
                 f"SELECT DISTINCT event_id FROM {source} WHERE event_id BETWEEN ? AND ? "  # noqa: S608 - paths are ours, quoted
                 "AND event_id IN (SELECT event_id FROM arrived)",
-                [ordered[0], ordered[-1]],
+                params=[ordered[0], ordered[-1]],
             ).to_arrow_table()
         finally:
             connection.close()
