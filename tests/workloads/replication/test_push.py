@@ -65,7 +65,7 @@ def test_what_the_policy_leaves_alone_comes_back_as_the_same_data_set(
     assert got.meta.digest == original.meta.digest
     assert got.events.equals(original.events)
     assert got.items.equals(original.items)
-    assert got.splits == original.splits
+    assert (got.splits.counts, got.splits.statements) == (original.splits.counts, original.splits.statements)
     assert got.meta.replica is not None
     assert (got.meta.replica.dataset, got.meta.replica.policy) == (shop.dataset.name, "open.toml")
     assert original.meta.replica is None
@@ -171,7 +171,7 @@ def test_a_push_that_dies_at_any_call_leaves_no_manifest_or_a_whole_replica(
             assert again.manifest.audit_head == audit.entries[0].head
         if at > len(store.calls):
             break
-    assert died > 15
+    assert died > 10
 
 
 def test_two_pushes_of_one_data_set_do_not_run_at_once(shop: Shop):
