@@ -2,7 +2,8 @@
 
 Both loops write the same rows in batches of 100, each batch a transaction that is fsynced (WAL, synchronous=FULL),
 by turns into files of the same folder. The plain one knows no duplicates, keeps no ids and has no index: it is what
-the disk and SQLite cost at least. The posts go to an intake that is started for them, at moments that are fixed before
+the disk and SQLite cost at least; a second one has its ids unique, as a loop needs that may be sent an event twice.
+The posts go to an intake that is started for them, at moments that are fixed before
 (Poisson), and each is timed from the moment at which it was due. What an fsync costs here is measured beside it.
 A bench measures and fails nothing.
 """
@@ -90,11 +91,15 @@ class IntakeBench(msgspec.Struct, frozen=True, kw_only=True):
     batch: int
     batches: int
     plain_per_s: float
+    unique_per_s: float
+    """A plain loop into a table whose ids are unique."""
     store_per_s: float
     decoded_per_s: float
     """The store, and before it the decoding and checking of the request's body (JSON)."""
     ratio: Spread
     """Store over plain, round by round."""
+    unique_ratio: Spread
+    """Store over the plain loop with unique ids."""
     decoded_ratio: Spread
     fsync: Part
     posts: Posts
@@ -119,9 +124,11 @@ def run(options: Options, console: Console) -> IntakeBench:
         batch=BATCH,
         batches=options.batches,
         plain_per_s=statistics.median(one["plain"] for one in per_s),
+        unique_per_s=statistics.median(one["unique"] for one in per_s),
         store_per_s=statistics.median(one["store"] for one in per_s),
         decoded_per_s=statistics.median(one["decoded"] for one in per_s),
         ratio=_spread([one["store"] / one["plain"] for one in per_s]),
+        unique_ratio=_spread([one["store"] / one["unique"] for one in per_s]),
         decoded_ratio=_spread([one["decoded"] / one["plain"] for one in per_s]),
         fsync=_part(fsyncs),
         posts=posts,
@@ -136,18 +143,15 @@ def run(options: Options, console: Console) -> IntakeBench:
 
 def compare(folder: Path, *, rounds: int, batches: int) -> tuple[list[dict[str, float]], list[float]]:
     """Seconds of each loop in each round, in turns of changing order; and milliseconds of fsyncs between them."""
-    plain = sqlite3.connect(folder / "plain.sqlite", isolation_level=None)
-    plain.execute("PRAGMA journal_mode=WAL")
-    plain.execute("PRAGMA synchronous=FULL")
-    plain.execute(f"CREATE TABLE events ({', '.join(COLUMNS)}, received_ms)")
-    insert = f"INSERT INTO events VALUES ({', '.join('?' * (len(COLUMNS) + 1))})"  # noqa: S608 - names are ours
+    plain = _plain(folder / "plain.sqlite", COLUMNS)
+    unique = _plain(folder / "unique.sqlite", ("event_id TEXT PRIMARY KEY", *COLUMNS[1:]))
     store, decoding = SqliteStore(folder / "store.sqlite"), SqliteStore(folder / "decoded.sqlite")
 
-    def plainly(body: bytes) -> None:
+    def loop(connection: sqlite3.Connection, body: bytes) -> None:
         rows = ready[body].rows
-        plain.execute("BEGIN IMMEDIATE")
-        plain.executemany(insert, [(*row, 1) for row in rows])
-        plain.execute("COMMIT")
+        connection.execute("BEGIN IMMEDIATE")
+        connection.executemany(_INSERT, [(*row, 1) for row in rows])
+        connection.execute("COMMIT")
 
     def stored(body: bytes) -> None:
         store.append([ready[body]], 1)
@@ -157,14 +161,20 @@ def compare(folder: Path, *, rounds: int, batches: int) -> tuple[list[dict[str, 
         decoding.append([records.read(body, msgpack=False)], 1)
         decoding.tidy()
 
-    loops: dict[str, Callable[[bytes], None]] = {"plain": plainly, "store": stored, "decoded": decoded}
+    loops: dict[str, Callable[[bytes], None]] = {
+        "plain": lambda body: loop(plain, body),
+        "unique": lambda body: loop(unique, body),
+        "store": stored,
+        "decoded": decoded,
+    }
     results: list[dict[str, float]] = []
     fsyncs: list[float] = []
     try:
         for number in range(rounds + 1):
             bodies = [msgspec.json.encode({"events": [_event() for _ in range(BATCH)]}) for _ in range(batches)]
             ready = {body: records.read(body, msgpack=False) for body in bodies}
-            order = list(loops)[number % 3 :] + list(loops)[: number % 3]
+            turn = number % len(loops)
+            order = list(loops)[turn:] + list(loops)[:turn]
             spent = {name: _spent(loops[name], bodies) for name in order}
             measured = list(_fsyncs(folder / "fsync"))
             if number:  # the first round warms caches and files up
@@ -172,9 +182,21 @@ def compare(folder: Path, *, rounds: int, batches: int) -> tuple[list[dict[str, 
                 fsyncs += measured
     finally:
         plain.close()
+        unique.close()
         store.close()
         decoding.close()
     return results, fsyncs
+
+
+_INSERT: Final = f"INSERT OR IGNORE INTO events VALUES ({', '.join('?' * (len(COLUMNS) + 1))})"  # noqa: S608 - names are ours
+
+
+def _plain(path: Path, columns: Sequence[str]) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=FULL")
+    connection.execute(f"CREATE TABLE events ({', '.join(columns)}, received_ms)")
+    return connection
 
 
 def measure_posts(folder: Path, *, rate: float, seconds: float, seed: int) -> Posts:
@@ -297,6 +319,7 @@ def show(result: IntakeBench, console: Console) -> None:
     )
     table = Table("loop", "events/s", "of the plain loop (rounds)")
     table.add_row("plain SQLite, no index, no ids", f"{result.plain_per_s:,.0f}", "")
+    table.add_row("plain SQLite, unique ids", f"{result.unique_per_s:,.0f}", "")
     for name, per_s, ratio in (
         ("intake's store", result.store_per_s, result.ratio),
         ("decoded, checked and stored", result.decoded_per_s, result.decoded_ratio),
@@ -305,7 +328,8 @@ def show(result: IntakeBench, console: Console) -> None:
     console.print(table)
     posts = result.posts
     console.print(
-        f"ratio: {result.ratio.median:.2f} (goal {result.goal_ratio:g} or more)\n"
+        f"store over plain: {result.ratio.median:.2f} (goal {result.goal_ratio:g} or more), over the one with unique "
+        f"ids: {result.unique_ratio.median:.2f} ({result.unique_ratio.low:.2f} to {result.unique_ratio.high:.2f})\n"
         f"fsync of a page: p50 {result.fsync.p50_ms:.2f} ms, p99 {result.fsync.p99_ms:.2f} ms\n"
         f"{posts.sent} single posts at {posts.rate:g}/s, {posts.failed} failed: p50 {posts.latency.p50_ms:.2f} ms, "
         f"p99 {posts.latency.p99_ms:.2f} ms (goal {result.goal_p99_ms:g} ms); of it the generator was late "

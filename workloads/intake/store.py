@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
-from workloads.intake.records import Batch
+from workloads.intake.records import Batch, Row
 
 COLUMNS: tuple[str, ...] = (
     *("event_id", "type", "timestamp_ms", "user", "item", "session", "query"),
@@ -237,6 +237,7 @@ class SqliteStore:
         self._connect = connect
         self._ids_kept_ms = ids_kept_ms
         self._log_bytes = OVERDUE_BYTES if log_bytes is None else log_bytes
+        self._moved_bytes = min(CHECKPOINT_BYTES, self._log_bytes)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._connection: Connection | None = self._open()
 
@@ -268,7 +269,8 @@ class SqliteStore:
         connection.execute("PRAGMA secure_delete=ON")
         # Checkpoints are `tidy`'s: one inside a commit would make an acknowledgement wait for it.
         connection.execute("PRAGMA wal_autocheckpoint=0")
-        connection.execute(f"PRAGMA journal_size_limit={self._log_bytes}")
+        # A log that was moved is cut to this by the next write: a longer one holds what was not moved yet.
+        connection.execute(f"PRAGMA journal_size_limit={self._moved_bytes}")
         version = int(connection.execute("PRAGMA user_version").fetchone()[0])
         if version > _SCHEMA_VERSION:
             raise StoreError(f"{self.path} has schema {version}, this intake knows {_SCHEMA_VERSION}")
@@ -341,11 +343,11 @@ class SqliteStore:
         """Move the write-ahead log into the database once it has grown; waits for no reader."""
         # A checkpoint that fails leaves the log a little longer; commits report real faults.
         with contextlib.suppress(sqlite3.Error, OSError):
-            if self._connection is not None and self._wal.stat().st_size > min(CHECKPOINT_BYTES, self._log_bytes):
+            if self._connection is not None and self._wal.stat().st_size > self._moved_bytes:
                 self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def is_overdue(self) -> bool:
-        """See EventStore. A log that was moved keeps at most this size, so it is overdue only when full anew."""
+        """See EventStore."""
         try:
             return self._wal.stat().st_size > self._log_bytes
         except OSError:
@@ -486,19 +488,31 @@ def _write_all(connection: Connection, batches: Sequence[Batch], received_ms: in
     seq = int(before)
     done = []
     for batch in batches:
-        fresh: list[tuple[object, ...]] = []
-        for row in batch.rows:
-            if connection.execute(_SEEN, (_key(str(row[0])), seq + 1)).rowcount == 1:
-                seq += 1
-                fresh.append((seq, *row, received_ms))
+        fresh = _number(connection, batch.rows, seq)
         if fresh:
-            connection.executemany(_INSERT, fresh)
+            seq = fresh[-1][0]
+            connection.executemany(_INSERT, [(number, *row, received_ms) for number, row in fresh])
         if batch.dead:
             _bury(connection, batch, received_ms)
         done.append(Appended(len(fresh), len(batch.rows) - len(fresh), len(batch.dead)))
     if seq != before:
         connection.execute("UPDATE spool SET last_seq = ?", (seq,))
     return done
+
+
+def _number(connection: Connection, rows: Sequence[Row], last_seq: int) -> list[tuple[int, Row]]:
+    """The rows whose ids are not known yet, each once, with their numbers; from now on they are known.
+
+    One statement for all, since one for each would take most of the time of a commit. Where some were known, those
+    that are new have the number that was meant for them; the numbers of the others stay unused.
+    """
+    numbered = list(enumerate(rows, last_seq + 1))
+    meant = [(_key(str(row[0])), number) for number, row in numbered]
+    if not meant or connection.executemany(_SEEN, meant).rowcount == len(meant):
+        return numbered
+    find = "SELECT seq FROM seen WHERE id = ?"
+    known = [connection.execute(find, (key,)).fetchone()[0] for key, _ in meant]
+    return [one for one, number in zip(numbered, known, strict=True) if one[0] == number]
 
 
 def _bury(connection: Connection, batch: Batch, received_ms: int) -> None:

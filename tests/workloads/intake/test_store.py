@@ -254,7 +254,12 @@ def test_a_file_of_the_first_schema_keeps_its_events_their_numbers_and_knows_the
     with sqlite3.connect(path) as reader:
         rows = reader.execute("SELECT seq, event_id, request_id FROM events ORDER BY seq").fetchall()
     reader.close()
-    assert rows == [(1, name(11), None), (2, name(12), None), (5, name(15), None), (6, name(16), None)]
+    assert rows == [
+        (1, name(11), None),
+        (2, name(12), None),
+        (5, name(15), None),
+        (7, name(16), None),
+    ]  # the number meant for the known one stays unused
     SqliteStore(path).close()
 
 
@@ -405,4 +410,20 @@ def test_what_a_trim_freed_is_room_for_the_next_events(path: pathlib.Path):
     assert freed > 500_000
     store.append([Batch([row(number, context="x" * 500) for number in range(3000, 4000)], [])], NOW)
     assert store.reusable_bytes() < freed - 300_000
+    store.close()
+
+
+def test_a_log_that_was_moved_is_not_moved_again_by_every_small_write(
+    path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(store_module, "CHECKPOINT_BYTES", 50_000)
+    store = SqliteStore(path)
+    store.append([batch(*range(1000))], NOW)
+    store.tidy()
+    store.append([batch(2000)], NOW)
+    moved = path.stat().st_mtime_ns
+    for number in range(2001, 2004):
+        store.append([batch(number)], NOW)
+        store.tidy()
+    assert path.stat().st_mtime_ns == moved
     store.close()
