@@ -90,8 +90,10 @@ class Channels:
         `expect` is the sequence that the caller's decision was made on (0: none yet). Raises ChannelConflict.
         """
         pointer, etag = self._read_or_none(channel)
-        if pointer is not None and pointer.current == release:
+        if pointer is not None and pointer.current == release and expect in {None, pointer.sequence}:
             return pointer
+        if pointer is not None and (pointer.current, pointer.actor, pointer.sequence - 1) == (release, actor, expect):
+            return pointer  # the caller's own earlier try; another's would be a race that was lost
         _hold(pointer, expect)
         return self._move(
             pointer,
