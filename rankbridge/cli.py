@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rankbridge import asked, bundles, interrupts, jobs, load
+from rankbridge import asked, bundles, interrupts, jobs, load, people
 from rankbridge.asked import DataSource, Request
+from rankbridge.cloud import CloudForm, stop_localstack
 from rankbridge.faults import DeskError, ExitCode, ManyFaults
 from rankbridge.layout import Layout
 from rankbridge.roles import Role
@@ -42,6 +43,7 @@ app = typer.Typer(
 )
 app.add_typer(bundles.app, name="bundle")
 app.add_typer(bundles.audit, name="audit")
+app.add_typer(people.app)
 
 _LOG_WIDTH = 120
 """Columns of what goes into a file; a terminal has its own."""
@@ -93,12 +95,13 @@ def rehearse(
     min_samples: MinSamplesOption = None,
     inject: InjectOption = None,
     port: PortOption = None,
+    aws: Annotated[CloudForm, typer.Option(help="Where the cloud's buckets are.")] = CloudForm.LOCALSTACK,
     reuse_bundle: Annotated[
         bool, typer.Option("--reuse-bundle", help="Serve the newest bundle instead of training one.")
     ] = False,
     keep_up: Annotated[bool, typer.Option("--keep-up", help="Leave both sites running at the end.")] = False,
 ) -> None:
-    """Data to verdict in one go: prepare, train, export, serve at two sites, load, judge.
+    """Data to verdict in one go: prepare, replicate, train, export, publish, serve at two sites, load, judge.
 
     Writes verdict.json and report.html to --out. Ends with 0 only when every budget holds. An interrupted run is
     continued by the same command.
@@ -116,6 +119,7 @@ def rehearse(
         rate=rate,
         load_seconds=load_seconds,
         min_samples=min_samples,
+        aws=aws,
         injections=tuple(inject or ()),
         ports=tuple(port or ()),
         reuse_bundle=reuse_bundle,
@@ -197,11 +201,12 @@ def up(
         plan, facts = running
     else:
         plan, facts = serving.plan(serving.bundle(bundle), port or (), inject or ())
-    if mismatch := serving.mismatch(plan.bundle):
+    if plan.bundle is not None and (mismatch := serving.mismatch(plan.bundle)):
         _out.print(f"note: {escape(mismatch)}; people are answered as strangers", soft_wrap=True)
     with jobs.viewing(_out) as view:
         serving.up(plan, facts, owner=Owner.UP, view=view)
-    _out.print(f"both sites serve bundle {plan.bundle.name[:12]}:")
+    what = f"bundle {plan.bundle.name[:12]}" if plan.bundle is not None else f"channel {facts.channel}"
+    _out.print(f"both sites serve {what}:")
     for site in SITES.values():
         _out.print(f"{site.name.value:8} {plan.addresses.url(site, Listener.GATEWAY)}/docs")
 
@@ -213,6 +218,8 @@ def down() -> None:
     Example: `rankbridge down`
     """
     ended = _serving().down()
+    if stop_localstack(_layout()):
+        ended.append("LocalStack")
     _out.print(f"stopped: {', '.join(ended)}" if ended else "nothing was up", soft_wrap=True)
 
 
