@@ -24,7 +24,7 @@ from workloads.data.profiles import (
     now_ms,
     open_profiles,
 )
-from workloads.feedback.archive import LakeArchive
+from workloads.feedback.archive import Archive
 from workloads.feedback.follower import Follower, Position
 from workloads.feedback.gauges import Gauges
 from workloads.feedback.keeper import HttpTrimmer, Keeper
@@ -67,16 +67,18 @@ def _build(options: argparse.Namespace) -> Service:
         store = open_profiles(options.profiles, os.environ)
     except ProfileStoreError as error:
         raise CannotStartError(str(error), "prepare a data set, or correct --profiles") from None
-    past = None if options.lake is None else LakeArchive(options.lake)
     position = Position()
     gauges = Gauges(metrics.registry, position, now_ms)
-    follower = Follower(SqliteSpool(options.spool), store, past, meter=gauges, position=position, clock_ms=now_ms)
+    past: Archive | None = None
     keeper: Keeper | None = None
     if options.lake is not None:
         try:
             trimmer = None if options.trim is None else HttpTrimmer(options.trim)
         except ValueError as error:
             raise CannotStartError(str(error), "correct --trim") from None
+        from workloads.feedback.lake_archive import LakeArchive  # noqa: PLC0415 - seconds and memory, only with a lake
+
+        past = LakeArchive(options.lake)
         keeper = Keeper(
             LakeArchive(options.lake),
             options.spool,
@@ -87,6 +89,7 @@ def _build(options: argparse.Namespace) -> Service:
             on_taken=gauges.lake,
             on_trimmed=gauges.trimmed,
         )
+    follower = Follower(SqliteSpool(options.spool), store, past, meter=gauges, position=position, clock_ms=now_ms)
     return create_app(follower, keeper, metrics, store=store, clock_ms=now_ms, lake_every_s=options.lake_every_s)
 
 
