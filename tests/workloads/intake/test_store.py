@@ -375,7 +375,7 @@ def test_after_many_erasures_no_byte_on_disk_names_anybody_who_left(path: pathli
 def test_without_its_search_an_erasure_would_leave_names_between_the_cells(
     path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def find_nothing(_: SqliteStore, __: frozenset[bytes]) -> Steps[bool]:
+    def find_nothing(_: SqliteStore, __: object) -> Steps[bool]:
         yield
         return False
 
@@ -427,3 +427,13 @@ def test_a_log_that_was_moved_is_not_moved_again_by_every_small_write(
         store.tidy()
     assert path.stat().st_mtime_ns == moved
     store.close()
+
+
+@pytest.mark.parametrize("others", [0, 100])
+def test_half_of_a_name_is_found_wherever_it_begins_and_a_strangers_is_not(others: int):
+    names = store_module._Names([person(1), *(person(number) for number in range(2, 2 + others))])
+    digits = person(1)[3:].encode()
+    for at in range(17):
+        assert names.are_in(b"zz " + digits[at : at + 16] + b"|")
+        assert not names.are_in(b"zz " + digits[at : at + 15] + b"g" + digits[at + 16 :][:15])
+    assert not names.are_in(person(500).encode() * 3)
