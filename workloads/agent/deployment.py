@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from types import EllipsisType
 from typing import Final
 
+import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from workloads.agent import memory, retention
@@ -86,6 +87,8 @@ class Deployment:
         self._settled = False
         self._waits = ""
         self._older = 0
+        self._revision = 0
+        """Of the file as it was written last, by whichever process."""
         self.editions = self._as_it_is()
         self._refusals = Counter(
             "rankbridge_agent_refusals", "Releases that were not brought here", ("reason",), registry=registry
@@ -330,6 +333,9 @@ class Deployment:
         if isinstance(state, Silence):
             self._waits = f"retrieval to hold {name}: {state.value}"
             return False
+        if state.revision != self._revision:
+            self._waits = f"retrieval to look at revision {self._revision} of the editions file"
+            return False
         if judged and name in state.faults:
             raise Refusal("retrieval", state.faults[name])
         if name not in state.editions:
@@ -345,6 +351,9 @@ class Deployment:
                 continue  # it serves nothing, and reads the file when it starts
             if isinstance(state, Silence):
                 self._waits = f"{gateway} to serve {name}: {state.value}"
+                return False
+            if state.revision != self._revision:
+                self._waits = f"{gateway} to bring about revision {self._revision} of the editions file"
                 return False
             if judged and name in state.faults:
                 raise Refusal("gateway", state.faults[name])
@@ -407,8 +416,9 @@ class Deployment:
         )
 
     def _store(self, editions: SiteEditions) -> None:
+        editions = msgspec.structs.replace(editions, revision=self._revision + 1)
         write_editions(self._site.editions, editions)
-        self.editions = editions
+        self.editions, self._revision = editions, editions.revision
         self._settled = False
 
     async def _settle(self, editions: SiteEditions) -> bool:
@@ -441,6 +451,7 @@ class Deployment:
             return None
         if editions is None:
             return None
+        self._revision = editions.revision
         there: list[Edition] = []
         for edition in editions.load:
             try:

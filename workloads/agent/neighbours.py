@@ -14,7 +14,7 @@ from typing import Final, Protocol, TypeVar
 import aiohttp
 import msgspec
 
-from workloads.contract.editions import Edition, RetrievalReadiness
+from workloads.contract.editions import Edition, RetrievalReadiness, SiteEditions
 from workloads.contract.http import PATH_READY, Readiness
 
 ASK_WITHIN_S: Final = 2.0
@@ -97,8 +97,8 @@ class FakeNeighbours:
 
     def __init__(self, gateways: int = 1) -> None:
         self.watched = gateways > 0
-        self.wanted: tuple[list[Edition], Edition] | None = None
-        """What the file says: load and serve. Set by the test's loop."""
+        self.wanted: SiteEditions | None = None
+        """What the file says. Set by the test's loop."""
         self.retrieval_fault: tuple[Edition, str] | None = None
         self.gateway_fault: tuple[Edition, str] | None = None
         self.retrieval_silence: Silence | None = None
@@ -107,25 +107,29 @@ class FakeNeighbours:
         self.serves: list[Edition | None] = [None] * gateways
         self.holds: list[Edition] = []
 
-    def follow(self, load: list[Edition], serve: Edition) -> None:
+    def follow(self, wanted: SiteEditions) -> None:
         """The file says this now."""
-        self.wanted = (load, serve)
-        self.holds = [edition for edition in load if not self._fails(self.retrieval_fault, edition)]
+        self.wanted, serve = wanted, wanted.serve
+        self.holds = [edition for edition in wanted.load if not self._fails(self.retrieval_fault, edition)]
         self.serves = [held if self._fails(self.gateway_fault, serve) else serve for held in self.serves]
 
     async def retrieval(self) -> RetrievalReadiness | Silence | None:
         """See `Neighbours`."""
         if self.retrieval_silence is not None:
             return self.retrieval_silence
-        loads = self.wanted[0] if self.wanted else []
+        loads = self.wanted.load if self.wanted else []
         faults = {str(one): self.retrieval_fault[1] for one in loads if self.retrieval_fault and one not in self.holds}
         return RetrievalReadiness(
-            ready=True, missing={}, editions=[str(edition) for edition in self.holds], faults=faults
+            ready=True,
+            missing={},
+            revision=self._revision,
+            editions=[str(edition) for edition in self.holds],
+            faults=faults,
         )
 
     async def gateways(self) -> Sequence[tuple[str, Readiness | Silence]]:
         """See `Neighbours`."""
-        wanted = self.wanted[1] if self.wanted else None
+        wanted = self.wanted.serve if self.wanted else None
         answers: list[tuple[str, Readiness | Silence]] = []
         for number, serves in enumerate(self.serves):
             failing = self.gateway_fault is not None and wanted is not None and self._fails(self.gateway_fault, wanted)
@@ -136,12 +140,17 @@ class FakeNeighbours:
                 bundle="" if serves is None else serves.bundle[:12],
                 delta=0 if serves is None else serves.delta,
                 draining=self.draining,
+                revision=self._revision,
                 faults=faults,
                 backends={},
                 missing=[],
             )
             answers.append((f"gateway {number}", self.gateway_silence or answer))
         return answers
+
+    @property
+    def _revision(self) -> int:
+        return 0 if self.wanted is None else self.wanted.revision
 
     @staticmethod
     def _fails(fault: tuple[Edition, str] | None, edition: Edition) -> bool:

@@ -42,6 +42,8 @@ class SiteEditions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """
 
     schema_version: int = 1
+    revision: int = 0
+    """Grows with every version. `/readyz` says which one was brought about: until then, what it says is of before."""
     load: list[Edition]
     """What retrieval holds ready."""
     serve: Edition
@@ -59,6 +61,8 @@ class RetrievalReadiness(msgspec.Struct, frozen=True, kw_only=True):
     ready: bool
     missing: dict[str, str]
     """What it still waits for, in words."""
+    revision: int = 0
+    """Of the editions file as far as it is brought about; what could not be opened counts as done."""
     editions: list[str] = []
     """Editions that it answers queries of now."""
     faults: dict[str, str] = {}

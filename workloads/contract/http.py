@@ -106,7 +106,8 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     stages_ms: dict[str, float]
     reason: str | None = None
     """Why the answer is below the best configured rung; None when it is not. `asked` is the client's own wish
-    (`use_model: false`) and no fault."""
+    (`use_model: false`) and no fault. `profiles_down` may stand at any rung: the answer is a cold start, because the
+    person's profile could not be read."""
     ranked: int | None = None
     """Candidates that the ranker scored for this answer; None where it scored none (rung 3 and 4)."""
 
@@ -227,6 +228,8 @@ class Readiness(msgspec.Struct, frozen=True, kw_only=True):
     """Deltas on top of the bundle."""
     draining: int = 0
     """Requests in flight that began on another edition and finish on it."""
+    revision: int = 0
+    """Of the site's editions file as far as it is brought about; an edition that could not be opened counts as done."""
     faults: dict[str, str] = {}
     """Editions that the site's file names and this gateway could not open, and why; what it served, it serves on."""
     backends: dict[str, BackendState]

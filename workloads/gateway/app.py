@@ -337,6 +337,7 @@ class Gateway:
             bundle="" if serving is None else serving.edition.bundle[:SHORT],
             delta=0 if serving is None else serving.edition.delta,
             draining=self._editions.draining,
+            revision=self._editions.revision,
             faults=self._editions.faults,
             backends=backends,
             missing=[name for name, state in backends.items() if not state.up],

@@ -46,6 +46,8 @@ class Editions:
     def __init__(self, registry: CollectorRegistry, first: Serving | None = None) -> None:
         self.current: Serving | None = None
         self.faults: dict[str, str] = {}
+        self.revision = 0
+        """Of the site's file as far as it is brought about."""
         self._leaving: list[Serving] = []
         self._closing: set[asyncio.Task[None]] = set()
         self._edition = Gauge("rankbridge_edition", "1 for the edition served", ("bundle", "delta"), registry=registry)
@@ -117,25 +119,28 @@ async def follow(
     `build` is called in a thread; it raises BundleFault or OSError for an edition that cannot be served.
     """
     wanted: Edition | None = None
-    again_at = 0.0
+    revision, again_at = 0, 0.0
+    fresh: Serving | None = None
     while True:
         try:
             if (found := watch.changed()) is not None:
-                wanted, again_at = found.serve, 0.0
+                wanted, revision, again_at = found.serve, found.revision, 0.0
                 editions.faults = {}
         except EditionsFault as error:
             _logger.error("the site's editions cannot be read", fault=str(error))
             editions.faults = {"editions": str(error)}
         serves = editions.current.edition if editions.current is not None else None
-        if wanted is not None and wanted != serves and clock() >= again_at:
+        if fresh is not None and fresh.edition == wanted:  # still, after the time that it took
+            editions.flip(fresh)
+            settle()
+            _logger.info("serves", edition=str(wanted), before=None if serves is None else str(serves))
+        elif wanted is not None and wanted != serves and clock() >= again_at:
             fresh = await _built(wanted, build, editions)
-            if fresh is None:
-                again_at = clock() + again_after_s
-            else:
-                editions.flip(fresh)
-                del fresh  # or this frame would keep what it names beyond the next flip
-                settle()
-                _logger.info("serves", edition=str(wanted), before=None if serves is None else str(serves))
+            if fresh is not None:
+                continue  # the file may say something else by now
+            again_at = clock() + again_after_s
+        fresh = None  # or this frame would keep it beyond the next flip
+        editions.revision = revision
         await asyncio.sleep(period_s)
 
 

@@ -70,7 +70,7 @@ def create_app(
         routes={("POST", PATH_CANDIDATES): candidates},
         metrics=metrics,
         missing=editions.missing,
-        detail=lambda: {"editions": editions.names, "faults": editions.faults},
+        detail=lambda: {"revision": editions.revision, "editions": editions.names, "faults": editions.faults},
         start=start,
         stop=stop,
         body_max_bytes=BODY_MAX_BYTES,

@@ -50,6 +50,8 @@ class Editions:
         self.faults: dict[str, str] = {}
         self.serve: Edition | None = None
         """What gateways answer from, as far as is known here."""
+        self.revision = 0
+        """Of the file as far as it is brought about."""
         self._held = Gauge("rankbridge_edition", "1 for each edition held", ("bundle", "delta"), registry=registry)
 
     def hold(self, retriever: Candidates) -> None:
@@ -103,6 +105,8 @@ async def follow(
             if (edition.bundle, edition.delta) not in editions.held:
                 again_at[edition] = clock() + again_after_s
             continue  # the file may have changed meanwhile
+        if wanted is not None:
+            editions.revision = wanted.revision
         await asyncio.sleep(period_s)
 
 

@@ -114,7 +114,7 @@ class World:
         editions = read_editions(self.site.editions)
         if editions is None:
             return
-        self.neighbours.follow(editions.load, editions.serve)
+        self.neighbours.follow(editions)
         for edition in {serves for serves in self.neighbours.serves if serves is not None}:
             assert verify(self.site.bundle(edition.bundle)), edition
             assert RANKER.triton_name(edition.bundle) in self.triton.ready, f"{edition} is served without its model"
