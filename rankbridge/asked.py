@@ -14,6 +14,7 @@ from typing import Final
 import msgspec
 
 from rankbridge import preflight
+from rankbridge.cloud import CloudForm
 from rankbridge.faults import DeskError
 from rankbridge.layout import Layout
 from rankbridge.load import MIX_PER_S
@@ -71,6 +72,7 @@ class Request:
     rate: float = MIX_PER_S
     load_seconds: float | None = None
     min_samples: int | None = None
+    aws: CloudForm = CloudForm.LOCALSTACK
     injections: tuple[str, ...] = ()
     ports: tuple[str, ...] = ()
     reuse_bundle: bool = False
@@ -101,6 +103,8 @@ def reproduce(request: Request) -> list[str]:
             options.append(f"--{name.replace('_', '-')} {value:.15g}")
     if request.rate != MIX_PER_S:
         options.append(f"--rate {request.rate:g}")
+    if request.aws is not CloudForm.LOCALSTACK:
+        options.append(f"--aws {request.aws.value}")
     options += [f"--inject {one}" for one in request.injections]
     if request.reuse_bundle:
         options.append("--reuse-bundle")
@@ -120,15 +124,31 @@ def data_arguments(
     return arguments
 
 
+def lake_arguments(layout: Layout, dataset: Path) -> list[str]:
+    """Command line that brings a prepared data set into the lake."""
+    return ["load", "--home", str(layout.home), "--dataset", str(dataset)]
+
+
+def replication_arguments(layout: Layout, dataset: Path, bucket: str) -> list[str]:
+    """Command line that brings what may leave of a data set into the data bucket."""
+    return ["push", "--dataset", str(dataset), "--home", str(layout.home), "--data-bucket", bucket]
+
+
 def training_arguments(layout: Layout, dataset: Path, *, seed: int | None) -> list[str]:
-    """Command line of the training job."""
-    arguments = ["--dataset", str(dataset), "--home", str(layout.home)]
+    """Command line of the training job on a data set at hand."""
+    arguments = ["--dataset", str(dataset), "--home", str(layout.training_home)]
+    return arguments if seed is None else [*arguments, "--seed", str(seed)]
+
+
+def cloud_training_arguments(layout: Layout, replica: str, bucket: str, *, seed: int | None) -> list[str]:
+    """Command line of the training job as it runs in the cloud: from the bucket alone, kept from all else."""
+    arguments = ["--replica", replica, "--data-bucket", bucket, "--home", str(layout.training_home), "--confine"]
     return arguments if seed is None else [*arguments, "--seed", str(seed)]
 
 
 def export_arguments(layout: Layout, training: Path, dataset: Path) -> list[str]:
     """Command line of the export job."""
-    return ["--training", str(training), "--dataset", str(dataset), "--home", str(layout.home)]
+    return ["--training", str(training), "--dataset", str(dataset), "--home", str(layout.training_home)]
 
 
 def newest_dataset(layout: Layout) -> Path:
@@ -138,7 +158,7 @@ def newest_dataset(layout: Layout) -> Path:
 
 def newest_training(layout: Layout) -> Path:
     """The training that was finished last. Raises DeskError when there is none."""
-    return _newest(layout.work, "train-*", "nothing has been trained", "`rankbridge train`")
+    return _newest(layout.training_home / "work", "train-*", "nothing has been trained", "`rankbridge train`")
 
 
 def _newest(folder: Path, pattern: str, fault: str, remedy: str) -> Path:

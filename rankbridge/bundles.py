@@ -32,6 +32,8 @@ from workloads.contract.sites import HOME, SITES
 from workloads.contract.storage import ChannelPointer, Release
 
 if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
     from workloads.bundle.registry import Registry
     from workloads.bundle.signature import Key, Trust
 
@@ -87,7 +89,7 @@ def build(
             root=layout.root,
         ).made
     bundle = Path(made["bundle"])
-    _sign(layout, bundle, key)
+    sign(layout, bundle, key)
     _say(f"bundle: {bundle.name}", f"signed: {layout.shown(bundle)}.sig")
 
 
@@ -100,7 +102,7 @@ def key(
     Encrypted when RANKBRIDGE_SIGNING_PASSWORD is set. Example: `rankbridge bundle key`
     """
     layout = _layout()
-    with _faults():
+    with told():
         made = trusted_key(layout, path)
     _say(
         f"private key: {layout.shown(made.private)} (keep it there, mode 0600)",
@@ -125,7 +127,7 @@ def verify(
     from workloads.bundle.signature import signature_path, verify_signature  # noqa: PLC0415 - as above
 
     layout = _layout()
-    with _faults():
+    with told():
         path = folder.resolve() if folder else _local(layout, bundle)
         manifest = store.verify(path)
         signer = verify_signature(path, signature_path(path), _trust(layout, trust))
@@ -159,12 +161,12 @@ def publish(
     from workloads.bundle.signature import signature_path  # noqa: PLC0415 - as in `verify`
 
     layout = _layout()
-    with _faults():
-        registry = _registry(layout, models_bucket, trust)
+    with told():
+        models = registry(layout, models_bucket, trust)
         path = _local(layout, bundle)
         if not signature_path(path).exists():
-            _sign(layout, path, key)
-        done = registry.publish(path, signature_path(path), actor=_actor())
+            sign(layout, path, key)
+        done = models.publish(path, signature_path(path), actor=_actor())
     if as_json:
         _json(done)
     else:
@@ -191,10 +193,10 @@ def promote(
 
     Example: `rankbridge bundle promote 3fa9 canary`
     """
-    with _faults():
-        registry = _registry(_layout(), models_bucket, trust)
-        release = Release(bundle=registry.resolve(bundle), deltas=delta or [])
-        _moved(registry.promote(channel, release, _actor(), expect=expect), as_json=as_json)
+    with told():
+        models = registry(_layout(), models_bucket, trust)
+        release = Release(bundle=models.resolve(bundle), deltas=delta or [])
+        _moved(models.promote(channel, release, _actor(), expect=expect), as_json=as_json)
 
 
 @app.command()
@@ -210,9 +212,9 @@ def rollback(
 
     Example: `rankbridge bundle rollback stable`
     """
-    with _faults():
-        registry = _registry(_layout(), models_bucket, trust)
-        _moved(registry.rollback(channel, _actor(), expect=expect), as_json=as_json)
+    with told():
+        models = registry(_layout(), models_bucket, trust)
+        _moved(models.rollback(channel, _actor(), expect=expect), as_json=as_json)
 
 
 @app.command(name="list")
@@ -221,9 +223,9 @@ def list_command(*, trust: TrustOption = None, models_bucket: BucketOption = Non
 
     Example: `rankbridge bundle list --json`
     """
-    with _faults():
-        registry = _registry(_layout(), models_bucket, trust)
-        found, pointers = registry.list(), [*registry.channels.all()]
+    with told():
+        models = registry(_layout(), models_bucket, trust)
+        found, pointers = models.list(), [*models.channels.all()]
     if as_json:
         _json({"bundles": found, "channels": pointers})
         return
@@ -259,9 +261,9 @@ def diff(
 
     Example: `rankbridge bundle diff 3fa9 77c0`
     """
-    with _faults():
-        registry = _registry(_layout(), models_bucket, trust)
-        found = registry.diff(registry.resolve(before), registry.resolve(after))
+    with told():
+        models = registry(_layout(), models_bucket, trust)
+        found = models.diff(models.resolve(before), models.resolve(after))
     if as_json:
         _json(found)
         return
@@ -291,8 +293,8 @@ def gc(
 
     Example: `rankbridge bundle gc --keep 3 --dry-run`
     """
-    with _faults():
-        done = _registry(_layout(), models_bucket, trust).gc(keep, actor=_actor(), dry_run=dry_run)
+    with told():
+        done = registry(_layout(), models_bucket, trust).gc(keep, actor=_actor(), dry_run=dry_run)
     if as_json:
         _json(done)
         return
@@ -321,7 +323,7 @@ def audit_verify(
     layout = _layout()
     path = log or layout.audit
     anchors = []
-    with _faults():
+    with told():
         if models_bucket:
             from workloads.bundle.channels import Channels  # noqa: PLC0415 - as in `verify`
             from workloads.objects.s3 import S3Objects  # noqa: PLC0415
@@ -360,21 +362,28 @@ def trusted_key(layout: Layout, path: Path | None = None) -> Key:
     return made
 
 
-def _sign(layout: Layout, bundle: Path, key: Path | None) -> Path:
+def sign(layout: Layout, bundle: Path, key: Path | None = None) -> Path:
+    """Sign a bundle with the publisher's key; the signature's path, beside it. Raises DeskError."""
     from workloads.bundle.signature import sign  # noqa: PLC0415 - as in `verify`
 
-    with _faults():
+    with told():
         return sign(bundle, key or layout.publisher_key, password=os.environ.get(PASSWORD))
 
 
-def _registry(layout: Layout, bucket: str | None, trust: Path | None) -> Registry:
+def registry(
+    layout: Layout, bucket: str | None, trust: Path | None = None, *, client: S3Client | None = None
+) -> Registry:
+    """The registry in a bucket, audited at home; `client` in place of the standard AWS configuration's.
+
+    Raises DeskError without a bucket, SignatureFault without a key that is trusted.
+    """
     from workloads.bundle.registry import Registry  # noqa: PLC0415 - as in `verify`
     from workloads.objects.s3 import S3Objects  # noqa: PLC0415
     from workloads.privacy.audit import AuditLog  # noqa: PLC0415
 
     if not bucket:
         raise DeskError("no bucket of models is named", f"give --models-bucket NAME, or set {MODELS_BUCKET}")
-    return Registry(S3Objects(bucket), _trust(layout, trust), audit=AuditLog(layout.audit).append)
+    return Registry(S3Objects(bucket, client), _trust(layout, trust), audit=AuditLog(layout.audit).append)
 
 
 def _trust(layout: Layout, folder: Path | None) -> Trust:
@@ -401,7 +410,7 @@ def _local(layout: Layout, prefix: str | None) -> Path:
 
 
 @contextlib.contextmanager
-def _faults() -> Iterator[None]:
+def told() -> Iterator[None]:
     """What the registry, its store, a signature or the log says as the desk says it."""
     from workloads.bundle.channels import RegistryFault  # noqa: PLC0415 - as in `verify`
     from workloads.bundle.signature import SignatureFault  # noqa: PLC0415

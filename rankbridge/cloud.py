@@ -23,6 +23,8 @@ from rankbridge.layout import Layout
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
+    from infra.emulator import Emulator
+
 DATA_BUCKET: Final = "RANKBRIDGE_DATA_BUCKET"
 MODELS_BUCKET: Final = "RANKBRIDGE_MODELS_BUCKET"
 
@@ -66,6 +68,13 @@ def check(form: CloudForm, environ: Mapping[str, str]) -> list[DeskError]:
     return []
 
 
+def environment(form: CloudForm, layout: Layout, base: Mapping[str, str]) -> dict[str, str]:
+    """`base` with what a process needs to reach a cloud that is up."""
+    if form is CloudForm.ENVIRONMENT:
+        return dict(base)
+    return _local_cloud(layout)[0].environment(base)
+
+
 @contextlib.contextmanager
 def opened(form: CloudForm, layout: Layout, *, keep: bool = False) -> Iterator[Cloud]:
     """The cloud for as long as it is needed. With `keep`, a LocalStack that was started stays.
@@ -81,8 +90,29 @@ def opened(form: CloudForm, layout: Layout, *, keep: bool = False) -> Iterator[C
 
 @contextlib.contextmanager
 def _localstack(layout: Layout, *, keep: bool) -> Iterator[Cloud]:
+    from infra.emulator import EmulatorError  # noqa: PLC0415 - as in `check`
+
+    cloud, emulator, lock_days = _local_cloud(layout)
+    ran = emulator.pid() is not None and emulator.healthy()
+    try:
+        emulator.start()
+    except EmulatorError as error:
+        raise DeskError(str(error), "see the lines above; `--aws environment` goes without it") from error
+    try:
+        client = s3(cloud)
+        _make_bucket(client, cloud.data_bucket, cloud.settings["AWS_DEFAULT_REGION"], lock_days=None)
+        _make_bucket(client, cloud.models_bucket, cloud.settings["AWS_DEFAULT_REGION"], lock_days=lock_days)
+        yield cloud
+    finally:
+        if not ran and not keep:
+            with shield():
+                emulator.stop()
+
+
+def _local_cloud(layout: Layout) -> tuple[Cloud, Emulator, int]:
+    """The LocalStack of this home of state, up or not, and the days that its published models are locked."""
     from infra import config, stackfile  # noqa: PLC0415 - as in `check`
-    from infra.emulator import STACK, Emulator, EmulatorError, throw_away_secrets  # noqa: PLC0415
+    from infra.emulator import STACK, Emulator, throw_away_secrets  # noqa: PLC0415
     from infra.iam import DataClass, Scope  # noqa: PLC0415
 
     secrets = throw_away_secrets()
@@ -90,34 +120,18 @@ def _localstack(layout: Layout, *, keep: bool) -> Iterator[Cloud]:
     scope = Scope(plan.names, plan.account)
     home = layout.home / "localstack"
     emulator = Emulator(home, _port(home))
-    ran = emulator.pid() is not None and emulator.healthy()
-    try:
-        emulator.start()
-    except EmulatorError as error:
-        raise DeskError(str(error), "see the lines above; `--aws environment` goes without it") from error
-    cloud = Cloud(
-        scope.bucket(DataClass.DATA),
-        scope.bucket(DataClass.MODELS),
-        {
-            "AWS_ENDPOINT_URL": emulator.endpoint,
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_DEFAULT_REGION": plan.storage.region,
-            # Nothing of the operator's own AWS is read, and no metadata service is asked for.
-            "AWS_CONFIG_FILE": os.devnull,
-            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-            "AWS_EC2_METADATA_DISABLED": "true",
-        },
-    )
-    try:
-        client = s3(cloud)
-        _make_bucket(client, cloud.data_bucket, plan.storage.region, lock_days=None)
-        _make_bucket(client, cloud.models_bucket, plan.storage.region, lock_days=plan.storage.lock_days)
-        yield cloud
-    finally:
-        if not ran and not keep:
-            with shield():
-                emulator.stop()
+    settings = {
+        "AWS_ENDPOINT_URL": emulator.endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": plan.storage.region,
+        # Nothing of the operator's own AWS is read, and no metadata service is asked for.
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    cloud = Cloud(scope.bucket(DataClass.DATA), scope.bucket(DataClass.MODELS), settings)
+    return cloud, emulator, plan.storage.lock_days
 
 
 def stop_localstack(layout: Layout) -> bool:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Protocol, TextIO
 
@@ -123,6 +123,7 @@ def run(
     view: View,
     root: Path,
     append: bool = False,
+    environment: Mapping[str, str] | None = None,
 ) -> ResultLine:
     """Run `python -m MODULE ARGUMENTS` and return its result line.
 
@@ -130,7 +131,7 @@ def run(
     say one. Raises Interrupted once the job, told to stop the same way, has ended.
     """
     command = [sys.executable, "-m", module, *arguments]
-    return follow(command, title=module, log=log, view=view, root=root, append=append)
+    return follow(command, title=module, log=log, view=view, root=root, append=append, environment=environment)
 
 
 def follow(
@@ -141,8 +142,12 @@ def follow(
     view: View,
     root: Path,
     append: bool = False,
+    environment: Mapping[str, str] | None = None,
 ) -> ResultLine:
-    """As `run`, for any command that writes progress lines. `append` keeps what the log held before."""
+    """As `run`, for any command that writes progress lines.
+
+    `append` keeps what the log held before; `environment` is the desk's own unless it is given.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a" if append else "w", encoding="utf-8", buffering=1) as record:
         with shield():
@@ -156,6 +161,7 @@ def follow(
                 encoding="utf-8",
                 errors="replace",
                 cwd=root,
+                env=dict(environment) if environment is not None else None,
                 start_new_session=True,
             )
         try:

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from workloads.contract.sites import HOME, SiteName
+from workloads.contract.sites import AWS, HOME, SiteName
 
 HOME_VARIABLE = "RANKBRIDGE_HOME"
 
@@ -39,9 +39,43 @@ class Layout:
         return self.root / ".tools" / "triton-python"
 
     @property
+    def training_home(self) -> Path:
+        """Home of state of training and export; all that they may read and write."""
+        return self.site(AWS.name) / "training"
+
+    @property
     def bundles(self) -> Path:
-        """Finished bundles, one folder per id."""
-        return self.home / "bundles"
+        """Finished bundles, one folder per id, as export made them: what a site serves is its own copy."""
+        return self.training_home / "bundles"
+
+    @property
+    def replicas(self) -> Path:
+        """Data sets that training fetched from the data bucket."""
+        return self.training_home / "replica"
+
+    @property
+    def publisher_key(self) -> Path:
+        """The private key that bundles are signed with."""
+        return self.site(AWS.name) / "signing" / "publisher.key"
+
+    def trust(self, site: SiteName) -> Path:
+        """Folder of the public keys whose signatures a site accepts."""
+        return self.site(site) / "trust"
+
+    @property
+    def audit(self) -> Path:
+        """The hash-chained log of exports, promotions and deletions."""
+        return self.site(HOME.name) / "audit.jsonl"
+
+    @property
+    def lake(self) -> Path:
+        """Behaviour events as Parquet and Iceberg."""
+        return self.site(HOME.name) / "lake"
+
+    @property
+    def vault(self) -> Path:
+        """Who is behind a pseudonym; home only."""
+        return self.site(HOME.name) / "vault.sqlite"
 
     @property
     def work(self) -> Path:

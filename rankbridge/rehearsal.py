@@ -1,7 +1,7 @@
 """The whole way from behaviour data to a verdict, step by step, so that it can be interrupted anywhere.
 
-`data -> train -> export -> load -> verdict`; both sites are up during `load` alone. What is finished stands
-in a ledger under `work/`, named by what was asked for: the same command goes on from there. A finished
+`data -> replicate -> train -> export -> load -> verdict`; both sites are up during `load` alone. What is finished
+stands in a ledger under `work/`, named by what was asked for: the same command goes on from there. A finished
 rehearsal closes its ledger, and the next one does everything again. It knows no process and no model; `Hands`
 does the work.
 """
@@ -15,7 +15,8 @@ import fcntl
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -25,21 +26,34 @@ from rich.markup import escape
 
 from loadtests.gate import LoadResult
 from loadtests.samples import write_whole
-from rankbridge import jobs, preflight, report, verdict
+from rankbridge import border, jobs, preflight, report, verdict
+from rankbridge import cloud as clouds
 from rankbridge import load as load_runs
-from rankbridge.asked import AWS_SHARE, Request, data_arguments, export_arguments, reproduce, training_arguments
+from rankbridge.asked import (
+    AWS_SHARE,
+    Request,
+    cloud_training_arguments,
+    data_arguments,
+    export_arguments,
+    lake_arguments,
+    replication_arguments,
+    reproduce,
+)
+from rankbridge.border import Publisher
+from rankbridge.cloud import Cloud, CloudForm
 from rankbridge.faults import DeskError
 from rankbridge.interrupts import shield
 from rankbridge.layout import Layout
 from rankbridge.load import LoadFiles, LoadPlan
-from rankbridge.roles import Process
-from rankbridge.serving import Serving
+from rankbridge.roles import Followed, Process
+from rankbridge.serving import Serving, home_digest
 from rankbridge.supervisor import Owner
 from rankbridge.tables import load_table, quality_table
-from rankbridge.verdict import BundleFacts, DatasetFacts, Durability, ProcessMemory, Verdict
+from rankbridge.verdict import BundleFacts, Crossing, DatasetFacts, Durability, LakeFacts, ProcessMemory, Verdict
 from workloads.bundle import manifest as manifests
 from workloads.contract.quality import QualityReport
 from workloads.contract.sites import AWS, HOME, Listener
+from workloads.contract.storage import STABLE
 from workloads.data.dataset import SPLITS, read_meta
 from workloads.data.split import SplitReport
 from workloads.telemetry.progress import ResultLine, parse
@@ -52,6 +66,7 @@ class StepName(enum.StrEnum):
     """The steps, in order."""
 
     DATA = "data"
+    REPLICATE = "replicate"
     TRAIN = "train"
     EXPORT = "export"
     LOAD = "load"
@@ -134,6 +149,11 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True):
     load: LoadResult
     memory: list[ProcessMemory]
     durability: Durability
+    served_after_s: dict[str, float] = {}
+    """From the moment at which the channel moved, by site."""
+    new_item_after_s: dict[str, float] = {}
+    """From the moment at which the new item's file was there, by site."""
+    lake: LakeFacts | None = None
 
 
 class Hands(Protocol):
@@ -146,8 +166,15 @@ class Hands(Protocol):
         """Run a job to its end."""
         ...
 
-    def load(self, request: Request, bundle: Path, folder: Path) -> Loaded:
-        """Serve the bundle at both sites, load them, measure; the sites are down after, unless asked otherwise."""
+    def cloud(self, request: Request) -> AbstractContextManager[Cloud]:
+        """The AWS of this rehearsal, there until the end of the context; jobs find it in their environment."""
+        ...
+
+    def load(self, request: Request, bundle: Path, folder: Path, cloud: Cloud) -> Loaded:
+        """Publish the bundle, let both sites pull and serve it, load them, measure.
+
+        The sites are down after, unless asked otherwise.
+        """
         ...
 
     def newest_bundle(self) -> Path:
@@ -162,7 +189,7 @@ class Rehearsal:
         self._layout = layout
         self._request = request
         self._console = console
-        self._hands: Hands = hands if hands is not None else LocalHands(layout, console)
+        self._hands = hands or LocalHands(layout, console)
         self._file = LedgerFile(layout.work / f"rehearsal-{request.digest()}")
         self._ledger = Ledger(opened=0)
 
@@ -172,54 +199,88 @@ class Rehearsal:
             self._hands.check(self._request)
             self._ledger = self._file.open()
             self._greet()
-            if not self._request.reuse_bundle:
-                self._step(StepName.DATA, "behaviour data to a pseudonymised, split data set", self._data)
-                self._step(StepName.TRAIN, "retrieval and ranker, and the traditional recommender to beat", self._train)
-                self._step(StepName.EXPORT, "models to a verified bundle", self._export)
-            self._step(StepName.LOAD, "both sites up, open-loop load, nothing lost", self._load)
+            with self._hands.cloud(self._request) as cloud:
+                self._steps(cloud)
             found = self._verdict()
             self._ledger = msgspec.structs.replace(self._ledger, closed=True)
             self._file.write(self._ledger)
         self._conclude(found)
         return found.passed
 
+    def _steps(self, cloud: Cloud) -> None:
+        if not self._request.reuse_bundle:
+            self._step(StepName.DATA, "behaviour data into the lake, pseudonymised, split", self._data)
+            self._step(StepName.REPLICATE, "what may leave home, to the data bucket", lambda: self._replicate(cloud))
+            self._step(
+                StepName.TRAIN,
+                "in aws, from the bucket alone: retrieval and ranker, and the traditional recommender to beat",
+                lambda: self._train(cloud),
+            )
+            self._step(StepName.EXPORT, "models to a verified bundle", self._export)
+        self._step(
+            StepName.LOAD,
+            "signed, published, pulled by both sites; open-loop load; nothing lost",
+            lambda: self._load(cloud),
+        )
+
     def _data(self) -> dict[str, str]:
         r = self._request
         arguments = data_arguments(self._layout, r.data, users=r.users, items=r.items, events=r.events, seed=r.seed)
-        return self._job(StepName.DATA, "data", arguments)
+        made = self._job(StepName.DATA, "data", arguments).made
+        self._hands.job(
+            "workloads.lake",
+            lake_arguments(self._layout, Path(made["dataset"])),
+            self._log(StepName.DATA),
+            append=True,
+        )
+        return made
 
-    def _train(self) -> dict[str, str]:
+    def _replicate(self, cloud: Cloud) -> dict[str, str]:
         dataset = self._ledger.made(StepName.DATA, "dataset")
-        return self._job(StepName.TRAIN, "training", training_arguments(self._layout, dataset, seed=self._request.seed))
+        done = self._job(
+            StepName.REPLICATE, "replication", replication_arguments(self._layout, dataset, cloud.data_bucket)
+        )
+        path = self._file.folder / "replicated.json"
+        write_whole(path, msgspec.json.encode(done))
+        return {**done.made, "replicated": str(path)}
+
+    def _train(self, cloud: Cloud) -> dict[str, str]:
+        replica = self._ledger.made(StepName.REPLICATE, "replica").name
+        arguments = cloud_training_arguments(self._layout, replica, cloud.data_bucket, seed=self._request.seed)
+        return self._job(StepName.TRAIN, "training", arguments).made
 
     def _export(self) -> dict[str, str]:
         training = self._ledger.made(StepName.TRAIN, "training")
-        dataset = self._ledger.made(StepName.DATA, "dataset")
-        return self._job(StepName.EXPORT, "export", export_arguments(self._layout, training, dataset))
+        dataset = self._ledger.made(StepName.TRAIN, "dataset")
+        arguments = [*export_arguments(self._layout, training, dataset), "--confine"]
+        return self._job(StepName.EXPORT, "export", arguments).made
 
-    def _load(self) -> dict[str, str]:
-        loaded = self._hands.load(self._request, self._bundle(), self._file.folder)
+    def _load(self, cloud: Cloud) -> dict[str, str]:
+        loaded = self._hands.load(self._request, self._bundle(), self._file.folder, cloud)
         path = self._file.folder / "loaded.json"
         write_whole(path, msgspec.json.encode(loaded))
         return {"loaded": str(path)}
 
-    def _job(self, step: StepName, module: str, arguments: list[str]) -> dict[str, str]:
+    def _log(self, step: StepName) -> Path:
+        return self._file.folder / f"{step.value}.log"
+
+    def _job(self, step: StepName, module: str, arguments: list[str]) -> ResultLine:
         """Run a job: the first time in this rehearsal anew, later from wherever it was."""
         anew = step not in self._ledger.begun
-        log = self._file.folder / f"{step.value}.log"
+        log = self._log(step)
         if anew:
             log.unlink(missing_ok=True)
             self._ledger = msgspec.structs.replace(self._ledger, begun=(*self._ledger.begun, step))
             self._file.write(self._ledger)
         extra = (_ANEW if anew else _AS_IT_WAS).get(step, [])
-        return self._hands.job(f"workloads.{module}", [*arguments, *extra], log, append=not anew).made
+        return self._hands.job(f"workloads.{module}", [*arguments, *extra], log, append=not anew)
 
     def _step(self, name: StepName, title: str, do: Callable[[], dict[str, str]]) -> None:
         """Do a step unless it is done, and what it made still there."""
         done = self._ledger.step(name)
         still_there = done is not None and all(Path(p).exists() for p in done.made.values() if p.startswith("/"))
-        # Profiles at home are one set: another data set may have been prepared since. The job sees that at once.
-        if done is not None and still_there and name is not StepName.DATA:
+        # Profiles at home are one set, and a LocalStack forgets: both jobs see at once whether they have work to do.
+        if done is not None and still_there and name not in {StepName.DATA, StepName.REPLICATE}:
             self._console.print(f"[bold]{name.value}[/]: done before the interruption, in {done.seconds:.0f} s")
             return
         self._console.print(f"[bold]{name.value}[/]: {title}")
@@ -251,7 +312,7 @@ class Rehearsal:
         loaded = msgspec.json.decode(self._ledger.made(StepName.LOAD, "loaded").read_bytes(), type=Loaded)
         dataset, bundle, quality = facts_of(self._layout, self._bundle())
         lines = []
-        log = self._file.folder / f"{StepName.TRAIN.value}.log"
+        log = self._log(StepName.TRAIN)
         if log.exists():
             lines = [line for text in log.read_text(errors="replace").splitlines() if (line := parse(text))]
         r = self._request
@@ -262,6 +323,7 @@ class Rehearsal:
             load=loaded.load,
             memory=loaded.memory,
             durability=loaded.durability,
+            crossing=self._crossing(loaded),
             steps=[verdict.Step(name=one.name.value, seconds=one.seconds, note=one.note) for one in self._ledger.done],
             curves=verdict.curves(lines),
             injected=r.injections,
@@ -272,6 +334,22 @@ class Rehearsal:
         verdict.write(found, r.out / "verdict.json")
         report.write(found, r.out / "report.html")
         return found
+
+    def _crossing(self, loaded: Loaded) -> Crossing:
+        """What crossed the border; of the replication what its step noted, where there was one."""
+        figures: dict[str, float] = {}
+        if self._ledger.step(StepName.REPLICATE) is not None:
+            noted = self._ledger.made(StepName.REPLICATE, "replicated")
+            figures = msgspec.json.decode(noted.read_bytes(), type=ResultLine).figures
+        return Crossing(
+            replicated_bytes=int(figures.get("bytes", 0)),
+            replicated_parts=int(figures.get("parts", 0)),
+            replicated_events=int(figures.get("events", 0)),
+            confined=not self._request.reuse_bundle,
+            served_after_s=loaded.served_after_s,
+            new_item_after_s=loaded.new_item_after_s,
+            lake=loaded.lake,
+        )
 
     def _greet(self) -> None:
         finished = [one.name.value for one in self._ledger.done]
@@ -310,6 +388,7 @@ class LocalHands:
     def __init__(self, layout: Layout, console: Console) -> None:
         self._layout = layout
         self._console = console
+        self._environment = dict(os.environ)
         self._serving = Serving.of(layout, say=lambda text: console.print(f"  {escape(text)}", soft_wrap=True))
 
     def check(self, request: Request) -> None:
@@ -320,41 +399,70 @@ class LocalHands:
         faults: list[DeskError] = []
         to_start: list[Process] = []
         try:
-            plan, _ = serving.plan(self._layout.bundles / "none", request.ports, request.injections)
+            plan, _ = serving.plan(Followed(STABLE, "none", request.aws), request.ports, request.injections)
             to_start = serving.processes(plan)
         except DeskError as fault:
             faults.append(fault)
         faults += preflight.rehearsal(self._layout, to_start, request.data.path, request.out)
         if request.reuse_bundle and (mismatch := serving.mismatch(self.newest_bundle())):
             faults.append(DeskError(mismatch, "prepare that data again, or rehearse without --reuse-bundle"))
+        faults += clouds.check(request.aws, os.environ)
         preflight.refuse(faults)
+
+    @contextlib.contextmanager
+    def cloud(self, request: Request) -> Iterator[Cloud]:
+        """See Hands."""
+        with clouds.opened(request.aws, self._layout, keep=request.keep_up) as cloud:
+            self._environment = cloud.environment(os.environ)
+            yield cloud
 
     def job(self, module: str, arguments: Sequence[str], log: Path, *, append: bool) -> ResultLine:
         """See Hands."""
         with jobs.viewing(self._console) as view:
-            return jobs.run(module, arguments, log=log, view=view, root=self._layout.root, append=append)
+            return jobs.run(
+                module,
+                arguments,
+                log=log,
+                view=view,
+                root=self._layout.root,
+                append=append,
+                environment=self._environment,
+            )
 
     def newest_bundle(self) -> Path:
         """See Hands."""
         return self._serving.bundle(None)
 
-    def load(self, request: Request, bundle: Path, folder: Path) -> Loaded:
+    def load(self, request: Request, bundle: Path, folder: Path, cloud: Cloud) -> Loaded:
         """See Hands."""
-        serving = self._serving
-        plan, facts = serving.plan(bundle, request.ports, request.injections)
+        serving, publisher = self._serving, Publisher(self._layout, cloud)
+        followed = Followed(publisher.channel, cloud.models_bucket, request.aws)
+        plan, facts = serving.plan(followed, request.ports, request.injections)
         files = LoadFiles(folder)
+        gateways = {site.name.value: plan.addresses.url(site, Listener.GATEWAY) for site in (HOME, AWS)}
         wanted = LoadPlan(
-            host=plan.addresses.url(HOME, Listener.GATEWAY),
-            also_host=plan.addresses.url(AWS, Listener.GATEWAY),
+            host=gateways[HOME.name],
+            also_host=gateways[AWS.name],
             also_share=AWS_SHARE,
             rate=request.rate,
             seconds=request.load_seconds,
             min_samples=request.min_samples,
             seed=request.seed if request.seed is not None else 1,
         )
+        publisher.publish(bundle)
+        if request.aws is CloudForm.LOCALSTACK:
+            border.empty_sites(self._layout)
+        served: dict[str, float] = {}
+
+        def promote() -> None:
+            since = time.monotonic()
+            publisher.promote(bundle.name)
+            served.update(border.served_after(gateways, bundle.name, since))
+
         with jobs.viewing(self._console) as view:
             # What cannot come up ends what it started itself; sites that somebody else has up are none of ours.
-            serving.up(plan, facts, owner=Owner.UP if request.keep_up else Owner.REHEARSAL, view=view)
+            owner = Owner.UP if request.keep_up else Owner.REHEARSAL
+            serving.up(plan, facts, owner=owner, view=view, started=promote)
             finished = False
             try:
                 judged = load_runs.run(wanted, files, root=self._layout.root, view=view)
@@ -364,12 +472,41 @@ class LocalHands:
                     for name, held in serving.supervisor.pss_bytes().items()
                     for site, _, role in [name.partition("-")]
                 ]
+                found = self._new_item(publisher, bundle, folder, gateways)
                 finished = True
             finally:
                 if not (finished and request.keep_up):
                     with shield():
                         serving.down()
-        return Loaded(load=judged, memory=memory, durability=durability(files.acknowledged, self._layout.events))
+        return Loaded(
+            load=judged,
+            memory=memory,
+            durability=durability(files.acknowledged, self._layout.events),
+            served_after_s=served,
+            new_item_after_s=found,
+            lake=self._lake(folder),
+        )
+
+    def _new_item(
+        self, publisher: Publisher, bundle: Path, folder: Path, gateways: Mapping[str, str]
+    ) -> dict[str, float]:
+        """Put an item on sale and wait until both sites recommend it; seconds from the file at hand, by site."""
+        item, twin = border.new_item_like(bundle, folder / "new-item.jsonl")
+        since = time.monotonic()
+        arguments = publisher.add_arguments(folder / "new-item.jsonl", self._layout.home / "aws" / "publisher")
+        self.job("workloads.delta", arguments, folder / "new-item.log", append=False)
+        return border.found_after(gateways, item, twin, since)
+
+    def _lake(self, folder: Path) -> LakeFacts:
+        """Bring what is left of the spool into the lake and hold one against the other."""
+        home = ["--home", str(self._layout.home)]
+        log = folder / "lake.log"
+        self.job("workloads.lake", ["ingest", *home], log, append=False)
+        try:
+            done = self.job("workloads.lake", ["verify", *home], log, append=True)
+        except DeskError as difference:
+            return LakeFacts(events=0, difference=difference.fault)
+        return LakeFacts(events=int(done.figures["events"]))
 
 
 def durability(acknowledged: Path, store: Path) -> Durability:
@@ -390,7 +527,8 @@ def facts_of(layout: Layout, bundle: Path) -> tuple[DatasetFacts | None, BundleF
     """What a bundle says of itself, and its data set where that is still here."""
     manifest = manifests.decode((bundle / manifests.MANIFEST).read_bytes())
     dataset = None
-    for folder in (layout.site(HOME.name) / "datasets").glob(f"*-{manifest.dataset_digest[: manifests.SHORT]}"):
+    digest = home_digest(layout, manifest.dataset_digest)
+    for folder in (layout.site(HOME.name) / "datasets").glob(f"*-{digest[: manifests.SHORT]}"):
         splits = msgspec.json.decode((folder / SPLITS).read_bytes(), type=SplitReport)
         dataset = DatasetFacts.of(read_meta(folder), splits)
     return dataset, BundleFacts.of(bundle.name, manifest), manifest.quality

@@ -1,6 +1,6 @@
 """The processes of both sites: which there are, their exact command lines, and how each says that it is ready.
 
-Pure: a plan is made from addresses, a bundle and what is injected; `rankbridge.supervisor` carries it out.
+Pure: a plan is made from addresses, what is served and what is injected; `rankbridge.supervisor` carries it out.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from rankbridge.cloud import CloudForm
 from rankbridge.faults import DeskError
 from rankbridge.layout import Layout
 from rankbridge.triton import Triton
 from workloads.agent.injection import parse_injections
+from workloads.contract.editions import EDITIONS_FILE
 from workloads.contract.http import PATH_READY
 from workloads.contract.sites import SITES, AddressBook, Listener, Site, SiteClass, SiteName
 
@@ -24,6 +26,7 @@ class Role(enum.StrEnum):
     """A long-running process of a site, in the order of starting."""
 
     INTAKE = "intake"
+    FEEDBACK = "feedback"
     TRITON = "tritonserver"
     RETRIEVAL = "retrieval"
     AGENT = "agent"
@@ -32,6 +35,7 @@ class Role(enum.StrEnum):
 
 LISTENERS: Final[Mapping[Role, tuple[Listener, ...]]] = {
     Role.INTAKE: (Listener.INTAKE,),
+    Role.FEEDBACK: (Listener.FEEDBACK,),
     Role.TRITON: (Listener.TRITON_HTTP, Listener.TRITON_GRPC, Listener.TRITON_METRICS),
     Role.RETRIEVAL: (Listener.RETRIEVAL,),
     Role.AGENT: (Listener.AGENT,),
@@ -43,6 +47,7 @@ READY_PATHS: Final[Mapping[Role, str]] = dict.fromkeys(Role, PATH_READY) | {Role
 
 READY_WITHIN_S: Final[Mapping[Role, float]] = {
     Role.INTAKE: 30.0,
+    Role.FEEDBACK: 60.0,
     Role.TRITON: 60.0,
     Role.RETRIEVAL: 60.0,
     Role.AGENT: 120.0,  # loads the ranker and warms it up, on a machine that starts everything else, too
@@ -50,7 +55,7 @@ READY_WITHIN_S: Final[Mapping[Role, float]] = {
 }
 
 STOP_WAVES: Final[tuple[tuple[Role, ...], ...]] = (
-    (Role.GATEWAY, Role.AGENT),
+    (Role.GATEWAY, Role.AGENT, Role.FEEDBACK),
     (Role.RETRIEVAL, Role.INTAKE, Role.TRITON),
 )
 """Who asks stops before who is asked: a stop is not a fault and should not look like one in the logs."""
@@ -113,18 +118,34 @@ class Process:
 
 
 @dataclasses.dataclass(frozen=True)
+class Followed:
+    """A channel of the registry, the bucket that the registry is in, and the cloud that the bucket is in."""
+
+    channel: str
+    models_bucket: str
+    aws: CloudForm
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
-    """What `up` brings about: one bundle at both sites."""
+    """What `up` brings about: one bundle at both sites, or whatever a channel points to."""
 
     layout: Layout
     addresses: AddressBook
-    bundle: Path
-    """The finished bundle, `<bundles>/<64 hex>`."""
+    serves: Path | Followed
+    """A finished bundle, `<bundles>/<64 hex>`, for ever; or the channel that both sites follow."""
     injections: tuple[str, ...] = ()
 
-    def install(self, site: Site) -> list[str]:
-        """The one-shot that verifies the bundle, copies it to the site and renders its Triton repository."""
-        return [*self._module("agent"), "install", *self._agent_arguments(site)]
+    @property
+    def bundle(self) -> Path | None:
+        """The bundle, where it is fixed."""
+        return self.serves if isinstance(self.serves, Path) else None
+
+    def install(self, site: Site) -> list[str] | None:
+        """The one-shot that verifies a fixed bundle, copies it to the site and renders its Triton repository."""
+        if self.bundle is None:
+            return None
+        return [*self._module("agent"), "install", *self._agent_arguments(site), "--bundle", str(self.bundle)]
 
     def processes(self, triton: Triton, environment: Mapping[str, str]) -> list[Process]:
         """Every process of both sites, in the order of starting."""
@@ -135,9 +156,9 @@ class Plan:
             if LISTENERS[role][0] in site.listeners
         ]
 
-    def site_bundle(self, site: Site) -> Path:
-        """The site's verified copy."""
-        return self.layout.site(site.name) / "bundles" / self.bundle.name
+    def editions(self, site: Site) -> Path:
+        """The file by which the site's agent says what is served."""
+        return self.layout.site(site.name) / EDITIONS_FILE
 
     def _process(self, site: Site, role: Role, triton: Triton, environment: Mapping[str, str]) -> Process:
         listeners = LISTENERS[role]
@@ -168,19 +189,20 @@ class Plan:
                 return triton.command(site, at, repository=repository, scratch=self.layout.run / site.name.value)
             case Role.INTAKE:
                 return [*self._module("intake"), *listen, "--store", str(self.layout.events)]
+            case Role.FEEDBACK:
+                return [*self._module("feedback"), "run", *listen, *self._feedback_arguments(site)]
             case Role.RETRIEVAL:
-                bundle = ["--bundle", str(self.site_bundle(site))]
-                return [*self._module("retrieval"), "--site", site.name.value, *listen, *bundle]
+                editions = ["--editions", str(self.editions(site))]
+                return [*self._module("retrieval"), "--site", site.name.value, *listen, *editions]
             case Role.AGENT:
-                arguments = [*self._agent_arguments(site), "--triton", at.host_port(site, Listener.TRITON_HTTP)]
-                return [*self._module("agent"), "run", *arguments, *listen]
+                return [*self._module("agent"), "run", *self._agent_arguments(site), *self._watching(site), *listen]
             case Role.GATEWAY:
                 return [*self._module("gateway"), "--site", site.name.value, *listen, *self._gateway_arguments(site)]
 
     def _gateway_arguments(self, site: Site) -> list[str]:
         at, home = self.addresses, SITES[SiteName.ONPREM]
         arguments = [
-            *("--bundle", str(self.site_bundle(site))),
+            *("--editions", str(self.editions(site))),
             *("--retrieval", at.url(site, Listener.RETRIEVAL)),
             *("--triton", at.host_port(site, Listener.TRITON_HTTP)),
             *("--intake", at.url(home, Listener.INTAKE)),
@@ -193,12 +215,34 @@ class Plan:
             ]
         return arguments
 
+    def _feedback_arguments(self, site: Site) -> list[str]:
+        return [
+            *("--spool", str(self.layout.events)),
+            *("--profiles", str(self.layout.profiles)),
+            *("--lake", str(self.layout.lake)),
+            *("--trim", self.addresses.url(site, Listener.INTAKE)),
+        ]
+
+    def _watching(self, site: Site) -> list[str]:
+        """What the agent serves, and to whom it brings it."""
+        at, serves = self.addresses, self.serves
+        source = (
+            ["--bundle", str(serves)]
+            if isinstance(serves, Path)
+            else ["--channel", serves.channel, "--models-bucket", serves.models_bucket]
+        )
+        return [
+            *source,
+            *("--triton", at.host_port(site, Listener.TRITON_HTTP)),
+            *("--retrieval", at.url(site, Listener.RETRIEVAL)),
+            *("--gateway", at.url(site, Listener.GATEWAY)),
+        ]
+
     def _agent_arguments(self, site: Site) -> list[str]:
         # Both sites run on this machine's CPU; the verdict's ledger says that the GPU of aws is emulated.
         arguments = [
             *("--site", site.name.value),
             *("--site-class", SiteClass.CPU.value),
-            *("--bundle", str(self.bundle)),
             *("--site-dir", str(self.layout.site(site.name))),
         ]
         for text in self.injections:

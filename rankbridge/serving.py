@@ -6,6 +6,7 @@ started, and the agents' installation before them. `up`, `restart`, `status` and
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -13,10 +14,11 @@ from pathlib import Path
 
 import msgspec
 
+from rankbridge import cloud as clouds
 from rankbridge import jobs, preflight, triton
 from rankbridge.faults import DeskError
 from rankbridge.layout import Layout
-from rankbridge.roles import Plan, Process, Role, injection_faults, parse_ports
+from rankbridge.roles import Followed, Plan, Process, Role, injection_faults, parse_ports
 from rankbridge.supervisor import Condition, Facts, GatewayStatus, Owner, ProcessStatus, Say, Supervisor
 from workloads.bundle import manifest as manifests
 from workloads.bundle import store
@@ -30,7 +32,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     schema_version: int = 1
     ready: bool
     bundle: str | None
-    """Full id; None when nothing is up."""
+    """First 12 hex digits of its id, as the first gateway says; None when none serves."""
     injections: tuple[str, ...]
     gateways: dict[str, str]
     sites: dict[str, GatewayStatus]
@@ -70,7 +72,8 @@ class Serving:
 
         Raises DeskError when home knows nothing: its gateway would not start.
         """
-        trained_on = manifests.decode((bundle / manifests.MANIFEST).read_bytes()).dataset_digest[: manifests.SHORT]
+        manifest = manifests.decode((bundle / manifests.MANIFEST).read_bytes())
+        trained_on = home_digest(self.layout, manifest.dataset_digest)[: manifests.SHORT]
         try:
             with SqliteProfiles(self.layout.profiles) as profiles:
                 prepared = dict(profiles.meta).get("dataset", "unknown")
@@ -81,13 +84,25 @@ class Serving:
             return None
         return f"profiles at home are of data set {prepared}, and the bundle was trained on another ({trained_on})"
 
-    def plan(self, bundle: Path, ports: Sequence[str], injections: Sequence[str]) -> tuple[Plan, Facts]:
+    def plan(
+        self,
+        serves: Path | Followed,
+        ports: Sequence[str],
+        injections: Sequence[str],
+    ) -> tuple[Plan, Facts]:
         """What to bring about. Raises DeskError for settings that cannot be."""
         addresses, faults = parse_ports(ports)
         preflight.refuse([*faults, *injection_faults(injections)])
-        overrides = {listener.value: port for listener, port in addresses.overrides.items()}
-        facts = Facts(bundle=str(bundle), ports=overrides, injections=tuple(injections))
-        return Plan(self.layout, addresses, bundle, tuple(injections)), facts
+        followed = serves if isinstance(serves, Followed) else None
+        facts = Facts(
+            bundle=str(serves) if followed is None else None,
+            channel=followed.channel if followed else None,
+            models_bucket=followed.models_bucket if followed else None,
+            aws=followed.aws if followed else None,
+            ports={listener.value: port for listener, port in addresses.overrides.items()},
+            injections=tuple(injections),
+        )
+        return Plan(self.layout, addresses, serves, tuple(injections)), facts
 
     def running_plan(self) -> tuple[Plan, Facts] | None:
         """The plan that what is up now was started with; None when nothing is up."""
@@ -96,10 +111,18 @@ class Serving:
             return None
         facts = state.facts
         ports = [f"{name}={port}" for name, port in facts.ports.items()]
-        return self.plan(Path(facts.bundle), ports, facts.injections)
+        return self.plan(_serves(facts), ports, facts.injections)
 
-    def up(self, plan: Plan, facts: Facts, *, owner: Owner, view: jobs.View) -> None:
-        """Start what is missing, when nothing speaks against it. Raises DeskError."""
+    def up(
+        self,
+        plan: Plan,
+        facts: Facts,
+        *,
+        owner: Owner,
+        view: jobs.View,
+        started: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Start what is missing, when nothing speaks against it; see `Supervisor.up`. Raises DeskError."""
         with self.supervisor.lock():
             self.make_way(owner, facts)
             running = {one.name for one in self.supervisor.alive()}
@@ -110,7 +133,7 @@ class Serving:
             for site in SITES.values():
                 if any(process.site is site.name and process.role in {Role.TRITON, Role.AGENT} for process in missing):
                     self._install(plan, site.name, view)
-            self.supervisor.up(wanted, facts, owner=owner, before=self._before(plan))
+            self.supervisor.up(wanted, facts, owner=owner, before=self._before(plan), started=started)
 
     def down(self) -> list[str]:
         """End everything; the names of what ran."""
@@ -141,12 +164,15 @@ class Serving:
         processes = self.processes(plan)
         listed = self.supervisor.status(processes)
         gateways = [process for process in processes if process.role is Role.GATEWAY]
+        gateway_states = {
+            process.site.value: self.supervisor.gateway(process.url, process.ready_url) for process in gateways
+        }
         return Status(
             ready=all(one.state is Condition.READY for one in listed),
-            bundle=plan.bundle.name if running else None,
+            bundle=next((one.bundle for one in gateway_states.values() if one.bundle), None),
             injections=plan.injections if running else (),
             gateways={process.site.value: process.url for process in gateways},
-            sites={process.site.value: self.supervisor.gateway(process.url, process.ready_url) for process in gateways},
+            sites=gateway_states,
             processes=listed,
             pss_bytes=sum(one.pss_bytes for one in listed),
         )
@@ -154,9 +180,15 @@ class Serving:
     def processes(self, plan: Plan) -> list[Process]:
         """The processes of a plan. Raises DeskError when tritonserver is not there to be started."""
         try:
-            return plan.processes(triton.locate(self.layout.root), self.environment)
+            return plan.processes(triton.locate(self.layout.root), self._environment(plan))
         except triton.TritonFault as fault:
             raise DeskError(fault.fault, fault.remedy) from fault
+
+    def _environment(self, plan: Plan) -> dict[str, str]:
+        """What processes find in their environment: agents that follow a channel need its cloud."""
+        if isinstance(plan.serves, Followed):
+            return clouds.environment(plan.serves.aws, self.layout, self.environment)
+        return dict(self.environment)
 
     def make_way(self, owner: Owner, facts: Facts | None = None) -> None:
         """End leftovers of a rehearsal that was killed; refuse to disturb what somebody else started.
@@ -180,8 +212,11 @@ class Serving:
             )
 
     def _install(self, plan: Plan, site: SiteName, view: jobs.View) -> None:
+        command = plan.install(SITES[site])
+        if command is None:
+            return
         jobs.follow(
-            plan.install(SITES[site]),
+            command,
             title=f"the agent of {site.value}",
             log=self.layout.log(f"{site.value}-install"),
             view=view,
@@ -196,8 +231,26 @@ class Serving:
         return tidy
 
 
+def home_digest(layout: Layout, digest: str) -> str:
+    """The digest at home of a data set that a bundle was trained on: a replica has another one than its origin."""
+    from workloads.data.dataset import DatasetError, read_meta  # noqa: PLC0415 - polars, which `status` need not wait for
+
+    for folder in layout.replicas.glob(f"*-{digest[: manifests.SHORT]}"):
+        with contextlib.suppress(DatasetError):
+            origin = read_meta(folder).replica
+            if origin is not None:
+                return origin.digest
+    return digest
+
+
+def _serves(facts: Facts) -> Path | Followed:
+    if facts.channel is not None and facts.models_bucket is not None and facts.aws is not None:
+        return Followed(facts.channel, facts.models_bucket, facts.aws)
+    return Path(facts.bundle or "")
+
+
 def _facts_text(facts: Facts) -> str:
-    parts = [f"bundle {Path(facts.bundle).name[:12]}"]
+    parts = [f"bundle {Path(facts.bundle).name[:12]}" if facts.bundle else f"channel {facts.channel}"]
     parts += [f"port {name}={port}" for name, port in facts.ports.items()]
     parts += list(facts.injections)
     return ", ".join(parts)

@@ -21,6 +21,7 @@ from typing import Final, NamedTuple, Protocol
 import msgspec
 
 from rankbridge import processes
+from rankbridge.cloud import CloudForm
 from rankbridge.faults import DeskError
 from rankbridge.interrupts import shield
 from rankbridge.layout import Layout
@@ -43,8 +44,12 @@ class Owner(enum.StrEnum):
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """What all running processes have in common; a second `up` must agree with it."""
 
-    bundle: str
-    """Path of the finished bundle."""
+    bundle: str | None
+    """Path of the finished bundle; None where a channel is followed."""
+    channel: str | None = None
+    models_bucket: str | None = None
+    aws: CloudForm | None = None
+    """The cloud that the channel is in."""
     ports: dict[str, int] = {}
     """Overrides by listener name."""
     injections: tuple[str, ...] = ()
@@ -131,6 +136,9 @@ class GatewayStatus(msgspec.Struct, frozen=True, kw_only=True):
     url: str
     best_rung: int | None
     backends: dict[str, str]
+    bundle: str = ""
+    """First 12 hex digits of the bundle that it answers from; empty when it has none."""
+    delta: int = 0
 
 
 class Probe(NamedTuple):
@@ -221,12 +229,13 @@ class Supervisor:
         *,
         owner: Owner,
         before: Callable[[Process], None] = lambda _: None,
+        started: Callable[[], None] = lambda: None,
     ) -> None:
         """Start what is missing of `wanted`, in order, and wait until all of it is ready.
 
-        A rehearsal's processes end with this process; those of `up` go on. `before` is called for each
-        that is about to be started. Raises DeskError with the end of the log when one does not come up; what
-        this call started is ended then, and also when it is interrupted.
+        A rehearsal's processes end with this process; those of `up` go on. `before` is called for each that is about
+        to be started, `started` once when all of them answer, ready or not. Raises DeskError with the end of the log
+        when one does not come up; what this call started is ended then, and also when it is interrupted.
         """
         state = self.state()
         running = {one.name for one in self.alive()}
@@ -245,7 +254,10 @@ class Supervisor:
                     begun.append(record)
                     state = state.with_record(record)
                     self._write(state)
-            self._await(wanted, begun, {one.name: one.handle.process for one in state.processes})
+            identities = {one.name: one.handle.process for one in state.processes}
+            self._await_answers(missing, identities)
+            started()
+            self._await(wanted, begun, identities)
         except BaseException:
             with shield():
                 self._end(begun)
@@ -279,7 +291,13 @@ class Supervisor:
         if answer is None:
             return GatewayStatus(url=url, best_rung=None, backends={})
         backends = {name: "up" if one.up else f"down: {one.detail}" for name, one in answer.backends.items()}
-        return GatewayStatus(url=url, best_rung=int(best_rung(answer)), backends=backends)
+        return GatewayStatus(
+            url=url,
+            best_rung=int(best_rung(answer)) if answer.bundle else None,
+            backends=backends,
+            bundle=answer.bundle,
+            delta=answer.delta,
+        )
 
     def pss_bytes(self) -> dict[str, int]:
         """Proportional set size by process name, children included."""
@@ -314,6 +332,17 @@ class Supervisor:
             ready_url=process.ready_url,
             grace_s=process.grace_s,
         )
+
+    def _await_answers(self, wanted: Sequence[Process], identities: Mapping[str, Identity]) -> None:
+        """Until each answers anything at its readiness URL."""
+        for process in wanted:
+            began = time.monotonic()
+            while not self._probe(process.ready_url).status:
+                if not processes.is_alive(identities[process.name]):
+                    raise self._failure(process, f"ended ({self._ending(process.name)}) before it was ready")
+                if time.monotonic() - began > process.ready_within_s:
+                    raise self._failure(process, f"does not answer after {process.ready_within_s:.0f} s")
+                time.sleep(_POLL_S)
 
     def _await(self, wanted: Sequence[Process], begun: Sequence[Record], identities: Mapping[str, Identity]) -> None:
         """Until each is ready, in any order; those that ran already get no longer than the new ones."""

@@ -22,7 +22,7 @@ from loadtests.samples import write_whole
 from rankbridge.faults import ExitCode
 from workloads.bundle.manifest import SHORT, Manifest
 from workloads.contract.quality import BUDGETS, DATASET_BUDGETS, QualityBudget, QualityReport
-from workloads.contract.slo import P99_SAMPLES, SERVING_PSS_MAX_MB
+from workloads.contract.slo import NEW_ITEM_MAX_S, P99_SAMPLES, SERVED_AFTER_MAX_S, SERVING_PSS_MAX_MB
 from workloads.data.dataset import DatasetMeta
 from workloads.data.split import SplitReport
 from workloads.telemetry.progress import Line, ProgressLine
@@ -40,6 +40,10 @@ _LOCAL: Final = {
     "Gateway, retrieval, intake": (True, "the processes of production, one group per site"),
     "Requests": (True, "HTTP over sockets, timed by the client from the moment they were due"),
     "Acknowledgements": (True, "an event is answered after its fsync"),
+    "Lake": (True, "Parquet under an Iceberg catalogue, counted against the intake's spool"),
+    "Training in aws": (True, "from the replica in the bucket alone; the kernel keeps it from home's files"),
+    "Way of a bundle": (True, "signed, published, pulled and verified by the agent of each site"),
+    "S3": (False, "LocalStack, an empty AWS on this machine, or what the environment named"),
     "GPU of aws": (False, "the same ONNX models on this machine's CPU"),
     "Triton's ONNX backend": (False, "ONNX Runtime inside Triton's Python backend; costs 0.5 to 1 ms more"),
     "Distance between sites": (False, "two loopback addresses: no VPN, no delay, no loss"),
@@ -208,6 +212,31 @@ class Durability(msgspec.Struct, frozen=True, kw_only=True):
         return self.acknowledged - self.found
 
 
+class LakeFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """The intake's spool held against the lake, event by event, once everything was down."""
+
+    events: int
+    """Events that were compared."""
+    difference: str | None = None
+    """What of them is missing, extra or doubled; None when nothing is."""
+
+
+class Crossing(msgspec.Struct, frozen=True, kw_only=True):
+    """What crossed the border between home and the cloud."""
+
+    replicated_bytes: int
+    """Size of the replica in the data bucket; 0 where an earlier run's bundle was served."""
+    replicated_parts: int
+    replicated_events: int
+    confined: bool
+    """Whether training and export were kept from home's files by the kernel (Landlock)."""
+    served_after_s: dict[str, float]
+    """Seconds from the move of the channel until the site answered from the bundle, by site."""
+    new_item_after_s: dict[str, float]
+    """Seconds from a file with one new item until the site recommended it, by site."""
+    lake: LakeFacts | None
+
+
 class LedgerLine(msgspec.Struct, frozen=True, kw_only=True):
     """One part of the rehearsal: the thing itself, or a stand-in for it."""
 
@@ -241,6 +270,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     load: LoadResult | None
     memory: Memory | None
     durability: Durability | None
+    crossing: Crossing | None = None
     steps: list[Step]
     curves: list[Curve]
     ledger: list[LedgerLine]
@@ -265,6 +295,7 @@ def build(
     load: LoadResult | None,
     memory: Sequence[ProcessMemory] = (),
     durability: Durability | None = None,
+    crossing: Crossing | None = None,
     steps: Sequence[Step] = (),
     curves: Sequence[Curve] = (),
     injected: Sequence[str] = (),
@@ -285,6 +316,7 @@ def build(
         *_load_breaches(load),
         *_memory_breaches(kept),
         *_durability_breaches(durability),
+        *_crossing_breaches(crossing),
     ]
     return Verdict(
         passed=not breaches,
@@ -297,6 +329,7 @@ def build(
         load=load,
         memory=kept,
         durability=durability,
+        crossing=crossing,
         steps=list(steps),
         curves=list(curves),
         ledger=list(ledger) if ledger is not None else local_ledger(simulated=dataset is None or dataset.simulated),
@@ -467,6 +500,22 @@ def _durability_breaches(durability: Durability | None) -> Iterable[Breach]:
             unit="events",
             endpoint="/v1/events",
         )
+
+
+def _crossing_breaches(crossing: Crossing | None) -> Iterable[Breach]:
+    if crossing is None:
+        return
+    promises = (
+        ("served_late", "served the bundle", "the channel had moved", crossing.served_after_s, SERVED_AFTER_MAX_S),
+        ("new_item_late", "recommended the new item", "its file was there", crossing.new_item_after_s, NEW_ITEM_MAX_S),
+    )
+    for what, did, since, seconds, allowed in promises:
+        for site, measured in seconds.items():
+            if measured > allowed:
+                sentence = f"{site} {did} {measured:.1f} s after {since}; {allowed:.0f} s are promised."
+                yield Breach(what=what, sentence=sentence, measured=measured, allowed=allowed, unit="s")
+    if crossing.lake is not None and crossing.lake.difference is not None:
+        yield Breach(what="lake", sentence=f"{crossing.lake.difference}.")
 
 
 def _processor() -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import signal
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -18,12 +19,14 @@ from loadtests.gate import Breach, LoadResult, judge
 from loadtests.samples import Run, RunHeader
 from rankbridge import asked
 from rankbridge.asked import DataSource, Request, reproduce
+from rankbridge.cloud import Cloud
 from rankbridge.faults import DeskError
 from rankbridge.interrupts import Interrupted
 from rankbridge.layout import Layout
 from rankbridge.rehearsal import Hands, Loaded, Rehearsal, durability
-from rankbridge.verdict import Durability, ProcessMemory
+from rankbridge.verdict import Durability, LakeFacts, ProcessMemory
 from workloads.bundle.fake import build_fake_bundle
+from workloads.contract.sites import HOME
 from workloads.telemetry.progress import ResultLine
 
 
@@ -32,6 +35,9 @@ def judged(*, passed: bool) -> LoadResult:
     result = judge(Run(header=header, samples=[], seconds=1), small(1))
     breaches = [] if passed else [Breach(what="p99", sentence="/v1/recommend: p99 is late.")]
     return msgspec.structs.replace(result, passed=passed, breaches=breaches)
+
+
+HOME_JOBS = ["data", "lake", "replication"]
 
 
 class FakeHands:
@@ -43,6 +49,7 @@ class FakeHands:
         self._home = home
         self._at = at if at is not None else {}
         self._passed = passed
+        self.served_after_s = 4.5
 
     def check(self, request: Request) -> None:
         self._call("check")
@@ -56,18 +63,29 @@ class FakeHands:
             case "data":
                 made.mkdir(exist_ok=True)
                 return ResultLine(made={"dataset": str(made)})
+            case "lake":
+                return ResultLine(made={})
+            case "replication":
+                return ResultLine(made={"replica": "simulator-0123"}, figures={"bytes": 5e6, "parts": 2, "events": 9})
             case "training":
                 made.mkdir(exist_ok=True)
-                return ResultLine(made={"training": str(made)})
+                return ResultLine(made={"training": str(made), "dataset": str(self._home / "data")})
             case _:
                 return ResultLine(made={"bundle": str(build_fake_bundle(self._home / "bundles"))})
 
-    def load(self, request: Request, bundle: Path, folder: Path) -> Loaded:
+    @contextlib.contextmanager
+    def cloud(self, request: Request) -> Iterator[Cloud]:
+        yield Cloud("the-data", "the-models", {})
+
+    def load(self, request: Request, bundle: Path, folder: Path, cloud: Cloud) -> Loaded:
         self._call("load")
         return Loaded(
             load=judged(passed=self._passed),
             memory=[ProcessMemory(site="onprem", role="gateway", pss_mb=60)],
             durability=Durability(acknowledged=3, found=3),
+            served_after_s={"onprem": 4.0, "aws": self.served_after_s},
+            new_item_after_s={"onprem": 5.0, "aws": 6.0},
+            lake=LakeFacts(events=3),
         )
 
     def newest_bundle(self) -> Path:
@@ -97,7 +115,7 @@ def rehearse(layout: Layout, tmp_path: Path) -> Callable[[FakeHands], bool]:
 def test_a_rehearsal_does_every_step_once_and_writes_verdict_and_report(rehearse: Run1, layout: Layout, tmp_path: Path):
     hands = FakeHands(layout.home)
     rehearse(hands)
-    assert hands.calls == ["check", "data", "training", "export", "load"]
+    assert hands.calls == ["check", "data", "lake", "replication", "training", "export", "load"]
     found = msgspec.json.decode((tmp_path / "out" / "verdict.json").read_bytes())
     assert isinstance(found["passed"], bool)
     assert isinstance(found["breaches"], list)
@@ -107,11 +125,13 @@ def test_a_rehearsal_does_every_step_once_and_writes_verdict_and_report(rehearse
 @pytest.mark.parametrize(
     ("step", "first", "second"),
     [
-        ("data", [], ["data", "training", "export", "load"]),
-        # The data job runs again each time: it finds its own earlier result, unless another data set took its place.
-        ("training", ["data"], ["data", "training", "export", "load"]),
-        ("export", ["data", "training"], ["data", "export", "load"]),
-        ("load", ["data", "training", "export"], ["data", "load"]),
+        ("data", [], [*HOME_JOBS, "training", "export", "load"]),
+        # These jobs run again each time: they find their own earlier results, unless another data set or an empty
+        # cloud took their place.
+        ("replication", ["data", "lake"], [*HOME_JOBS, "training", "export", "load"]),
+        ("training", HOME_JOBS, [*HOME_JOBS, "training", "export", "load"]),
+        ("export", [*HOME_JOBS, "training"], [*HOME_JOBS, "export", "load"]),
+        ("load", [*HOME_JOBS, "training", "export"], [*HOME_JOBS, "load"]),
     ],
 )
 def test_the_next_run_goes_on_from_the_step_that_was_interrupted(
@@ -161,7 +181,7 @@ def test_after_a_finished_rehearsal_everything_is_done_again(rehearse: Run1, lay
     rehearse(FakeHands(layout.home))
     again = FakeHands(layout.home)
     rehearse(again)
-    assert again.calls == ["check", "data", "training", "export", "load"]
+    assert again.calls == ["check", *HOME_JOBS, "training", "export", "load"]
     assert "--again" in again.arguments["data"]
 
 
@@ -179,7 +199,7 @@ def test_a_step_whose_result_has_gone_is_done_again(rehearse: Run1, layout: Layo
     (layout.home / "training").rmdir()
     again = FakeHands(layout.home)
     rehearse(again)
-    assert again.calls == ["check", "data", "training", "export", "load"]
+    assert again.calls == ["check", *HOME_JOBS, "training", "export", "load"]
 
 
 def test_a_ledger_cut_short_by_a_crash_starts_a_new_one(rehearse: Run1, layout: Layout):
@@ -216,9 +236,9 @@ def test_a_refused_check_does_no_work(rehearse: Run1, layout: Layout):
 
 def test_two_rehearsals_do_not_run_at_once(rehearse: Run1, layout: Layout):
     class Nested(FakeHands):
-        def load(self, request: Request, bundle: Path, folder: Path) -> Loaded:
+        def load(self, request: Request, bundle: Path, folder: Path, cloud: Cloud) -> Loaded:
             rehearse(FakeHands(layout.home))
-            return super().load(request, bundle, folder)
+            return super().load(request, bundle, folder, cloud)
 
     with pytest.raises(DeskError, match="another rehearsal is running"):
         rehearse(Nested(layout.home))
@@ -274,3 +294,22 @@ def test_what_is_missing_names_the_command_that_makes_it(layout: Layout):
     assert "rankbridge data" in error.value.remedy
     with pytest.raises(DeskError, match="nothing has been trained"):
         asked.newest_training(layout)
+
+
+def test_training_gets_the_name_of_the_replica_and_no_path_of_home(rehearse: Run1, layout: Layout):
+    hands = FakeHands(layout.home)
+    rehearse(hands)
+    told = hands.arguments["training"]
+    assert told[told.index("--replica") + 1] == "simulator-0123"
+    assert told[told.index("--data-bucket") + 1] == "the-data"
+    assert "--confine" in told
+    assert not [word for word in told if str(layout.site(HOME.name)) in word]
+    assert "--confine" in hands.arguments["export"]
+
+
+def test_a_site_that_is_slow_to_serve_what_was_published_breaches(rehearse: Run1, layout: Layout, tmp_path: Path):
+    hands = FakeHands(layout.home)
+    hands.served_after_s = 31.0
+    assert not rehearse(hands)
+    breaches = msgspec.json.decode((tmp_path / "out" / "verdict.json").read_bytes())["breaches"]
+    assert any("aws served the bundle 31.0 s after" in breach["sentence"] for breach in breaches)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from rankbridge.cloud import CloudForm
 from rankbridge.layout import Layout
-from rankbridge.roles import LISTENERS, READY_PATHS, READY_WITHIN_S, STOP_WAVES, Plan, Process, Role
+from rankbridge.roles import LISTENERS, READY_PATHS, READY_WITHIN_S, STOP_WAVES, Followed, Plan, Process, Role
 from rankbridge.triton import Triton
 from workloads.contract.sites import AWS, ONPREM, AddressBook, Listener, SiteName
 
@@ -33,9 +34,9 @@ def processes(layout: Layout, triton: Triton, **changes: object) -> dict[str, Pr
     return {one.name: one for one in plan(layout, **changes).processes(triton, {"PATH": "/usr/bin"})}
 
 
-def test_each_site_has_its_own_of_every_role_and_home_alone_the_intake(layout: Layout, triton: Triton):
+def test_each_site_has_its_own_of_every_role_and_home_alone_intake_and_feedback(layout: Layout, triton: Triton):
     roles = {"tritonserver", "retrieval", "agent", "gateway"}
-    expected = {f"{site}-{role}" for site in SiteName for role in roles} | {"onprem-intake"}
+    expected = {f"{site}-{role}" for site in SiteName for role in roles} | {"onprem-intake", "onprem-feedback"}
     assert set(processes(layout, triton)) == expected
 
 
@@ -56,12 +57,32 @@ def test_a_cloud_gateway_gets_neither_key_nor_profiles_nor_raw_ids(layout: Layou
     assert "/onprem/" not in cloud
 
 
-def test_gateways_and_retrieval_read_their_sites_verified_copy(layout: Layout, triton: Triton):
+def test_gateways_and_retrieval_serve_what_their_sites_agent_says(layout: Layout, triton: Triton):
     found = processes(layout, triton)
     for site in SiteName:
         for role in ("gateway", "retrieval"):
             command = found[f"{site}-{role}"].command
-            assert command[command.index("--bundle") + 1] == str(layout.site(site) / "bundles" / BUNDLE_ID)
+            assert command[command.index("--editions") + 1] == str(layout.site(site) / "editions.json")
+
+
+def test_agents_serve_one_bundle_for_ever_or_follow_a_channel(layout: Layout, triton: Triton):
+    followed = Plan(layout, AddressBook(), Followed("canary", "models", CloudForm.LOCALSTACK))
+    assert followed.install(ONPREM) is None
+    for site in SiteName:
+        fixed = processes(layout, triton)[f"{site}-agent"].command
+        assert fixed[fixed.index("--bundle") + 1] == str(layout.bundles / BUNDLE_ID)
+        watching = {one.name: one for one in followed.processes(triton, {})}[f"{site}-agent"].command
+        assert watching[watching.index("--channel") + 1] == "canary"
+        assert watching[watching.index("--models-bucket") + 1] == "models"
+        assert "--bundle" not in watching
+
+
+def test_an_agent_waits_for_its_own_sites_retrieval_and_gateway_alone(layout: Layout, triton: Triton):
+    found = processes(layout, triton)
+    for site in (ONPREM, AWS):
+        command = found[f"{site.name}-agent"].command
+        assert command[command.index("--retrieval") + 1] == f"http://{site.address}:8081"
+        assert command[command.index("--gateway") + 1] == f"http://{site.address}:8080"
 
 
 def test_both_gateways_hand_events_to_the_intake_at_home(layout: Layout, triton: Triton):
@@ -73,7 +94,9 @@ def test_both_gateways_hand_events_to_the_intake_at_home(layout: Layout, triton:
 def test_an_injected_fault_reaches_the_agents_at_install_and_run(layout: Layout, triton: Triton):
     fault = ("ranker-delay=80ms",)
     for site in (ONPREM, AWS):
-        assert plan(layout, injections=fault).install(site)[-2:] == ["--inject", "ranker-delay=80ms"]
+        install = plan(layout, injections=fault).install(site)
+        assert install is not None
+        assert "ranker-delay=80ms" in install
         assert "ranker-delay=80ms" in processes(layout, triton, injections=fault)[f"{site.name}-agent"].command
 
 

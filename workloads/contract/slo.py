@@ -69,3 +69,9 @@ P99_SAMPLES = 1000
 
 SERVING_PSS_MAX_MB = 3072.0
 """All serving processes of both sites together, proportional set size in MiB."""
+
+SERVED_AFTER_MAX_S = 30.0
+"""From the move of a channel until every site that watches it answers from the release."""
+
+NEW_ITEM_MAX_S = 60.0
+"""From a file with new items until every site recommends them."""
