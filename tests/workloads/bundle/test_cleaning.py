@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from workloads.contract.storage import Release, delta_signature_key, manifest_ke
 from workloads.objects.memory import Crash, MemoryObjects
 from workloads.objects.s3 import S3Objects, s3_client
 
+LONG = os.environ.get("RANKBRIDGE_LONG") == "1"
 DAY_MS = 24 * 3600 * 1000
 START_MS = 1_790_000_000_000
 
@@ -260,7 +262,7 @@ def _needed(registry: Registry, release: Release) -> set[str]:
     return keys
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=500 if LONG else 25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=_STEPS)
 def test_whatever_was_done_all_that_a_channel_reaches_is_there(
     signed: Made, shelf: list[Path], steps: list[Step]
@@ -268,6 +270,8 @@ def test_whatever_was_done_all_that_a_channel_reaches_is_there(
     clock = Clock()
     registry = Registry(MemoryObjects(clock_ms=clock), signed.trust, clock_ms=clock, parallel=1)
     delta = signed.delta.name.split("-")[1]
+    for bundle in shelf:
+        _publish(registry, bundle)
     for what, first, second in [*steps, ("wait", 48, 0), ("gc", 0, 0)]:
         channel = ("stable", "canary")[second]
         try:
