@@ -175,6 +175,20 @@ _WORK: Final[dict[str, tuple[Callable[[argparse.Namespace, Progress], int], str]
 }
 
 
+_FAULTS: Final = (LakeError, SpoolError, SchemaError, CommitFailedException, duckdb.Error, OSError)
+
+
+def _told(error: Exception, lake: Path) -> tuple[str, str]:
+    """What is wrong, and what to do about it."""
+    if isinstance(error, LakeError):
+        return error.fault, error.remedy
+    if isinstance(error, SpoolError | SchemaError):
+        return str(error), "correct the input; the lake is as it was"
+    if isinstance(error, OSError):
+        return f"cannot use {lake}: {error}", "check free space and permissions there"
+    return f"the lake was not as it should be: {error}", "run it again, or restore the folder from a copy"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job; see the module for its exit codes."""
     arguments = _arguments(argv)
@@ -182,17 +196,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return _WORK[arguments.work][0](arguments, progress)
-    except LakeError as error:
-        progress.fault(error.fault, error.remedy)
-        return EXIT_FAULT
-    except (SpoolError, SchemaError) as error:
-        progress.fault(str(error), "correct the input; the lake is as it was")
-        return EXIT_FAULT
-    except CommitFailedException as error:
-        progress.fault(f"another process changed the lake without its lock: {error}", "run the command again")
-        return EXIT_FAULT
-    except OSError as error:
-        progress.fault(f"cannot use {_lake(arguments)}: {error}", "check free space and permissions there")
+    except _FAULTS as error:
+        progress.fault(*_told(error, _lake(arguments)))
         return EXIT_FAULT
     except _StoppedError as stopped:
         return 128 + stopped.number

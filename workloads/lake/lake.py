@@ -45,6 +45,7 @@ from pyiceberg.schema import Schema
 from pyiceberg.table import Table, Transaction
 from pyiceberg.typedef import Record
 from pyiceberg.types import IcebergType
+from sqlalchemy.exc import SQLAlchemyError
 
 from workloads.contract.events import EventType
 from workloads.lake import durable
@@ -62,12 +63,12 @@ from workloads.lake.schema import (
     wanted,
     with_day,
 )
-from workloads.lake.snapshots import PLANNING_S, LakeFile, Manifests, expire, may_hold, mergeable, named_by, superseded
+from workloads.lake.snapshots import PLANNING_S, LakeFile, Manifests, expire, may_hold, mergeable, superseded
 from workloads.lake.spool import Spool, SqliteSpool
 from workloads.telemetry.progress import Progress
 
 TABLE: Final = ("rankbridge", "events")
-CHUNK: Final = 200_000
+CHUNK: Final = 100_000
 """Rows that are in memory at once and committed together."""
 TARGET_BYTES: Final = 64 * 1024 * 1024
 """Size of a file that compaction makes; one of three quarters of it is left as it is."""
@@ -173,11 +174,17 @@ class Lake:
     ) -> Lake:
         """The lake in this folder, made if there is none. Raises LakeError when it may not be made, or was moved."""
         lake = cls(path, grace_s=grace_s, wait_s=wait_s, target_bytes=target_bytes)
-        if not lake._catalog_file.is_file() or not lake._is_made():
-            if not create:
-                raise LakeError(f"{path}: there is no lake", "load a data set or take in a spool first")
-            lake._make()
-        lake._table()
+        try:
+            if not lake._catalog_file.is_file() or not lake._is_made():
+                if not create:
+                    raise LakeError(f"{path}: there is no lake", "load a data set or take in a spool first")
+                lake._make()
+            lake._table()
+        except SQLAlchemyError as error:
+            lake.close()
+            raise LakeError(
+                f"{lake._catalog_file}: cannot be read: {error}", "restore the folder from a copy"
+            ) from error
         return lake
 
     @property
@@ -303,7 +310,17 @@ class Lake:
 
     def files(self) -> list[LakeFile]:
         """Files of the newest snapshot, by day, type and origin."""
-        return self._manifests.files(self._table())
+        return self._newest()[1]
+
+    def _newest(self) -> tuple[Table, list[LakeFile]]:
+        """The table and its files. An erasure may take the metadata away in between: then there is newer."""
+        for _ in range(3):
+            table = self._table()
+            try:
+                return table, self._manifests.files(table)
+            except FileNotFoundError:
+                continue
+        raise LakeChangedError(f"{self.path}: metadata of the newest snapshot is missing", "read again") from None
 
     def events(
         self,
@@ -321,7 +338,7 @@ class Lake:
         `read_all()` makes a table. Raises LakeError for an unknown column; the reader raises LakeChangedError where it
         outlives the grace period or an erasure.
         """
-        table = self._table()
+        table, files = self._newest()
         names = [field.name for field in table.schema().fields]
         if unknown := [name for name in columns or () if name not in names]:
             raise LakeError(f"the lake has no column {', '.join(unknown)}", f"there are: {', '.join(names)}")
@@ -329,7 +346,7 @@ class Lake:
         last = None if until_ms is None else _day(until_ms - 1)
         chosen = [
             file
-            for file in self._manifests.files(table)
+            for file in files
             if (origins is None or file.origin in origins)
             and (first is None or file.day >= first)
             and (last is None or file.day <= last)
@@ -338,10 +355,9 @@ class Lake:
         picked = ", ".join(f'"{name}"' for name in (columns or names))
         order = "ORDER BY timestamp_ms, event_id" if ordered else ""
         source = duckdb_source(table.schema(), [str(file.path) for file in chosen])
-        relation = self._duckdb().sql(
-            f"SELECT {picked} FROM {source} WHERE timestamp_ms >= {low} AND timestamp_ms < {high} {order}"  # noqa: S608 - names and numbers are checked
-        )
-        reader = relation.to_arrow_reader(batch_rows)
+        question = f"SELECT {picked} FROM {source} WHERE timestamp_ms >= {low} AND timestamp_ms < {high} {order}"  # noqa: S608 - names and numbers are checked
+        with _guarding([file.path for file in chosen]):
+            reader = self._duckdb().sql(question).to_arrow_reader(batch_rows)
         return pa.RecordBatchReader.from_batches(reader.schema, _guarded(reader, [file.path for file in chosen]))
 
     def query(self, sql: str) -> duckdb.DuckDBPyRelation:
@@ -353,9 +369,9 @@ class Lake:
 
     def connection(self) -> duckdb.DuckDBPyConnection:
         """DuckDB, in memory, with the view `events` of the newest snapshot. The caller closes it, or drops it."""
-        table = self._table()
+        table, files = self._newest()
         connection = self._duckdb()
-        source = duckdb_source(table.schema(), [str(file.path) for file in self._manifests.files(table)])
+        source = duckdb_source(table.schema(), [str(file.path) for file in files])
         connection.execute(f"CREATE VIEW events AS SELECT * EXCLUDE (filename) FROM {source}")  # noqa: S608 - paths are ours, quoted
         return connection
 
@@ -384,7 +400,8 @@ class Lake:
         begun: int | None = None
         while True:
             with self._writing() as table:
-                seq = self._resume(table, source) if begun is None else done.taken
+                own = begun is not None and table.properties.get(_SEQ) == str(done.taken)
+                seq = done.taken if own else self._resume(table, source)
                 begun = seq if begun is None else begun
                 rows = source.after(seq, chunk)
                 if rows.num_rows:
@@ -671,7 +688,7 @@ class Lake:
         if old := superseded(table, time.time() * 1000, grace_s):
             with table.transaction() as transaction:
                 expire(transaction, old)
-        named = named_by(table)
+        named = self._manifests.named(table)
         deleted = 0
         for folder, _, files in os.walk(self.path / "events"):
             for name in files:
@@ -790,9 +807,16 @@ def _in_order(tables: Sequence[pa.Table]) -> pa.Table:
 
 
 def _guarded(reader: pa.RecordBatchReader, files: Sequence[Path]) -> Iterator[pa.RecordBatch]:
-    """The same batches; a file that went away is named as what it is."""
-    try:
+    """The same batches."""
+    with _guarding(files):
         yield from reader
+
+
+@contextmanager
+def _guarding(files: Sequence[Path]) -> Iterator[None]:
+    """A file that went away while it was read is named as what it is."""
+    try:
+        yield
     except (OSError, pa.ArrowException, duckdb.Error) as error:
         if all(file.exists() for file in files):
             raise

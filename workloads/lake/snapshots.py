@@ -49,12 +49,31 @@ class Manifests:
         self._read: dict[str, list[LakeFile]] = {}
 
     def files(self, table: Table) -> list[LakeFile]:
-        """Files of the newest snapshot, by day, type, origin and path."""
+        """Files of the newest snapshot, by day, type, origin and path. Raises FileNotFoundError where some went."""
         snapshot = table.current_snapshot()
         found = [] if snapshot is None else snapshot.manifests(table.io)
-        self._read = {one.manifest_path: self._read.get(one.manifest_path) or _read(one, table.io) for one in found}
-        files = [file for listed in self._read.values() for file in listed]
+        files = [file for one in found for file in self._of(one, table.io)]
+        if len(self._read) > 8 * len(found) + 64:  # a reader that lives long has seen many that are gone
+            self._read = {one.manifest_path: self._read[one.manifest_path] for one in found}
         return sorted(files, key=lambda file: (file.day, file.type, file.origin, file.path))
+
+    def named(self, table: Table) -> set[Path]:
+        """Every file that the table needs: its metadata, manifest lists, manifests and data of all its snapshots."""
+        named = {path_of(table.metadata_location)}
+        manifests: dict[str, list[LakeFile]] = {}
+        for snapshot in table.metadata.snapshots:
+            named.add(path_of(snapshot.manifest_list))
+            for one in snapshot.manifests(table.io):
+                manifests[one.manifest_path] = self._of(one, table.io)
+        self._read = manifests  # the others are gone
+        named |= {path_of(name) for name in manifests}
+        return named | {file.path for files in manifests.values() for file in files}
+
+    def _of(self, manifest: ManifestFile, io: FileIO) -> list[LakeFile]:
+        known = self._read.get(manifest.manifest_path)
+        if known is None:
+            known = self._read[manifest.manifest_path] = _read(manifest, io)
+        return known
 
 
 def _read(manifest: ManifestFile, io: FileIO) -> list[LakeFile]:
@@ -74,24 +93,6 @@ def _read(manifest: ManifestFile, io: FileIO) -> list[LakeFile]:
             )
         )
     return files
-
-
-def named_by(table: Table) -> set[Path]:
-    """Every file that the table's metadata needs: itself, manifest lists, manifests and data of all its snapshots."""
-    named = {path_of(table.metadata_location)}
-    seen: set[str] = set()
-    for snapshot in table.metadata.snapshots:
-        named.add(path_of(snapshot.manifest_list))
-        for manifest in snapshot.manifests(table.io):
-            if manifest.manifest_path in seen:
-                continue
-            seen.add(manifest.manifest_path)
-            named.add(path_of(manifest.manifest_path))
-            named |= {
-                path_of(entry.data_file.file_path)
-                for entry in manifest.fetch_manifest_entry(table.io, discard_deleted=True)
-            }
-    return named
 
 
 def superseded(table: Table, now_ms: float, grace_s: float) -> list[int]:

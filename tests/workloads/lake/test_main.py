@@ -160,3 +160,16 @@ def test_a_stopped_job_ends_with_its_signal(home: Path):
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 143
     assert errors == b""
+
+
+def test_a_damaged_catalogue_and_a_damaged_file_are_faults(home: Path, capsys: pytest.CaptureFixture[str]):
+    main(["ingest", "--home", str(home)])
+    lake = home / "onprem" / "lake"
+    for file in lake.rglob("*.parquet"):
+        file.write_bytes(b"no parquet at all")
+    capsys.readouterr()
+    assert main(["verify", "--home", str(home)]) == 2
+    assert "not as it should be" in last_of(capsys)["fault"]
+    (lake / "catalog.sqlite").write_bytes(b"no database" * 1000)
+    assert main(["verify", "--home", str(home)]) == 2
+    assert "cannot be read" in last_of(capsys)["fault"]
