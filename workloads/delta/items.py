@@ -191,10 +191,6 @@ def _text(field: str, value: object) -> str:
         raise _RuleError("must be text")
     if len(value) > TEXT_MAX[field]:
         raise _RuleError(f"must have at most {TEXT_MAX[field]} characters")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise _RuleError("must be text without half characters (lone surrogates)") from None
     return value.strip()
 
 
