@@ -102,6 +102,10 @@ class ProfileStore(Protocol):
         """
         ...
 
+    def copy(self, names: Mapping[str, str]) -> int:
+        """Give people a second pseudonym, old to new; what is there under the new one stays. The number made."""
+        ...
+
     def watermark(self) -> Watermark:
         """How far the store has come."""
         ...
@@ -242,6 +246,13 @@ class MemoryProfiles:
         self._forgotten.update(dict.fromkeys(pseudonyms, self._clock_ms()))
         return sum(self._people.pop(pseudonym, None) is not None for pseudonym in pseudonyms)
 
+    def copy(self, names: Mapping[str, str]) -> int:
+        """See `ProfileStore`."""
+        self._usable()
+        made = {new: self._people[old] for old, new in names.items() if old in self._people and new not in self._people}
+        self._people.update(made)
+        return len(made)
+
     def watermark(self) -> Watermark:
         """See `ProfileStore`."""
         self._usable()
@@ -363,6 +374,17 @@ class SqliteProfiles:
         with self._writing, contextlib.suppress(sqlite3.Error):  # else the write-ahead log would go on holding them
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return known
+
+    def copy(self, names: Mapping[str, str]) -> int:
+        """See `ProfileStore`."""
+        with self._transaction() as connection:
+            return sum(
+                connection.execute(
+                    "INSERT OR IGNORE INTO profiles SELECT ?, touches, older FROM profiles WHERE pseudonym = ?",
+                    (new, old),
+                ).rowcount
+                for old, new in names.items()
+            )
 
     def fill(
         self,

@@ -162,6 +162,18 @@ class RedisProfiles:
             pipe.delete(*map(_latest, distinct))
             return int(pipe.execute()[-1])
 
+    def copy(self, names: Mapping[str, str]) -> int:
+        """See `ProfileStore`."""
+        made = 0
+        with self._told(), self._redis.pipeline(transaction=False) as pipe:
+            pairs = list(names.items())
+            for start in range(0, len(pairs), _FILL_AT_ONCE):
+                for old, new in pairs[start : start + _FILL_AT_ONCE]:
+                    pipe.copy(_older(old), _older(new))
+                    pipe.copy(_latest(old), _latest(new))
+                made += sum(int(done) for done in pipe.execute()[1::2])
+        return made
+
     def fill(
         self,
         profiles: Iterable[Profile],

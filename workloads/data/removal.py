@@ -1,4 +1,4 @@
-"""People out of what was prepared: data sets are written anew without them, and the sample of users forgets them.
+"""People out of what was prepared, or under other names in it: data sets are written anew, samples forget people.
 
 A data set without somebody is another data set: it gets its own digest and name, and the old directory goes. It keeps
 its `input_digest`, so that preparing the same input again finds it and does not bring the person back. (Preparing with
@@ -8,6 +8,7 @@ repeated; a call after a crash does what was left. Who is to be forgotten, and w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -22,7 +23,7 @@ import polars as pl
 from workloads.data.dataset import EVENTS, META, TRUTH, Dataset, DatasetError, read_meta, write_dataset
 from workloads.data.events import EventLog
 from workloads.data.preparation import Places, follow, write_private
-from workloads.data.split import SplitError, compare
+from workloads.data.split import SplitError, SplitReport, compare
 from workloads.data.truth import Truth
 
 _DROPPED = ".dropped-"
@@ -58,6 +59,50 @@ def remove_people(folder: Path, people: Collection[str], settled: Callable[[str,
     for left in folder.glob(f"{_DROPPED}*"):
         shutil.rmtree(left)
     return Removed(events, renamed)
+
+
+def rename_people(home: Path, change: Callable[[str], str], key_epoch: int) -> dict[str, str]:
+    """Give every user and session of the data sets at home its `change`, those of another key epoch; old to new names.
+
+    A data set that cannot be read is left; it cannot be used either. Raises OSError.
+    """
+    places, renamed = Places(home), dict[str, str]()
+    for path in _datasets(places.datasets):
+        try:
+            if read_meta(path).key_epoch == key_epoch:
+                continue
+            old = Dataset.load(path)
+        except DatasetError:
+            continue
+        frame = old.events
+        for column in ("user", "session"):
+            values = frame[column].drop_nulls().unique().to_list()
+            new_values = [change(value) for value in values]
+            frame = frame.with_columns(
+                pl.col(column).replace_strict(values, new_values, default=None, return_dtype=pl.String)
+            )
+        truth = None if old.truth is None else Truth.load(old.truth)
+        if truth is not None:
+            truth = dataclasses.replace(truth, users=np.array([change(user) for user in truth.users.tolist()]))
+        made = _written(old, EventLog(frame), truth, old.splits, key_epoch)
+        follow(places, path.name, made.name)
+        _drop(path)
+        renamed[path.name] = made.name
+    return renamed
+
+
+def drop_data_sets(folder: Path, *, key_epoch: int) -> int:
+    """Remove the data sets below `folder` whose names are of this key epoch, and what is half made; how many."""
+    gone = 0
+    for path in _datasets(folder):
+        with contextlib.suppress(DatasetError):
+            if read_meta(path).key_epoch != key_epoch:
+                continue
+        _drop(path)
+        gone += 1
+    for draft in folder.glob(".fetch-*"):
+        shutil.rmtree(draft)
+    return gone
 
 
 def remove_from_home(home: Path, people: Collection[str]) -> Removed:
@@ -115,13 +160,18 @@ def _without(path: Path, people: Collection[str]) -> Path | None:
         truth = None if old.truth is None else _truth_without(Truth.load(old.truth), people)
     except (DatasetError, SplitError, OSError, ValueError, KeyError, pl.exceptions.PolarsError):
         return None
+    return _written(old, log, truth, splits, old.meta.key_epoch)
+
+
+def _written(old: Dataset, log: EventLog, truth: Truth | None, splits: SplitReport, key_epoch: int) -> Path:
+    """A data set like `old` of other events."""
     meta = old.meta
     return write_dataset(
-        path.parent,
+        old.path.parent,
         name=meta.name,
         source=meta.source,
         input_digest=meta.input_digest,
-        key_epoch=meta.key_epoch,
+        key_epoch=key_epoch,
         protocol=meta.protocol,
         cut=meta.boundaries,
         log=log,

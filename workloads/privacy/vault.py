@@ -290,7 +290,7 @@ class SqliteVault:
         """Make the next key; nothing is named with it yet. Where there is one already, nothing changes."""
         now = self.epochs()
         if now.retiring is not None:
-            raise VaultError(f"key {now.retiring} is still retiring", "finish that rotation first: rotate --finish")
+            raise VaultError(f"key {now.retiring} is still retiring", "finish that rotation first")
         if now.next is None:
             read_or_create_key(key_path(self.keys, now.current + 1))
             with self._writing, _named(self.path), self._change() as change:

@@ -22,18 +22,21 @@ import pyarrow.parquet as pq
 import pytest
 
 from workloads.contract.events import Event, EventType
-from workloads.contract.http import PATH_INTAKE
-from workloads.data import preparation, replica
+from workloads.contract.http import PATH_INTAKE, PATH_TRIM, TrimRequest
+from workloads.data import preparation, removal, replica
 from workloads.data.dataset import Dataset
 from workloads.data.preparation import Prepared, Request, prepare
 from workloads.data.profiles import SqliteProfiles
 from workloads.data.simulator import SimulatorConfig
+from workloads.erasure import rotation as rotation_module
 from workloads.erasure.job import ACTION, run_pass
-from workloads.erasure.places import Place, places_of
+from workloads.erasure.places import Place, Replicas, places_of
+from workloads.erasure.rotation import Rotation, RotationError
 from workloads.lake.lake import Lake
 from workloads.lake.spool import SqliteSpool
 from workloads.objects.memory import MemoryObjects
 from workloads.privacy.audit import AuditLog, entries, verify
+from workloads.privacy.pseudonym import key_path
 from workloads.privacy.vault import SqliteVault
 from workloads.replication.push import push
 from workloads.telemetry.progress import Progress
@@ -54,9 +57,17 @@ class Home:
         self.progress = Progress(io.StringIO())
 
     def send(self, *events: Event) -> None:
-        body = msgspec.msgpack.encode({"events": events})
+        self._post(PATH_INTAKE, {"events": events})
+
+    def trim(self) -> None:
+        self._post(PATH_TRIM, TrimRequest(up_to_seq=10**6, received_before_ms=now_ms() + 1000))
+
+    def _post(self, path: str, message: object) -> None:
         request = urllib.request.Request(  # noqa: S310 - a loopback address
-            self.intake + PATH_INTAKE, body, {"content-type": "application/msgpack"}, method="POST"
+            self.intake + path,
+            msgspec.msgpack.encode(message),
+            {"content-type": "application/msgpack"},
+            method="POST",
         )
         with urllib.request.urlopen(request) as answer:  # noqa: S310 - as above
             assert answer.status == 200
@@ -277,3 +288,93 @@ def test_a_removal_that_is_killed_between_the_new_data_set_and_the_old_is_comple
     passes(home)
     assert len(list((home.path / "onprem" / "datasets").glob("simulator-*"))) == 1
     assert home.found(name, PERSON) == []
+
+
+# a new key
+
+
+def rotation_of(home: Home, profiles: SqliteProfiles) -> Rotation:
+    return Rotation(
+        home.path,
+        home.vault,
+        profiles,
+        home.audit,
+        progress=home.progress,
+        replicas=[Replicas(home.path, home.bucket)],
+        settle_ms=0,
+    )
+
+
+def test_a_rotation_keeps_everybodys_history_and_ends_with_the_old_key_and_every_old_name_gone(home: Home):
+    first = home.vault.admit([PERSON])[PERSON]
+    home.send(home.event(PERSON, "item-00001", session="s1-" + "0a" * 16, context={"page": first}))
+    home.replicate()
+    before = counts(home, [first])
+    secret = key_path(home.vault.keys, 1).read_bytes()
+    with SqliteProfiles(home.path / "onprem" / "profiles.sqlite") as profiles:
+        known = profiles.get(first)
+        assert known is not None
+        rotation = rotation_of(home, profiles)
+        rotation.begin()
+        second = home.vault.pseudonym(PERSON)
+        assert second is not None
+        assert second.startswith("p2-")
+        between = profiles.get(second)  # at once, under the name that gateways now ask for
+        assert between is not None
+        assert between.touches == known.touches
+
+        with pytest.raises(RotationError, match="the spool has 1 events under old names"):
+            rotation.finish()
+        home.ingest()
+        home.trim()
+        rotation.finish()
+        after = profiles.get(second)
+        assert after is not None
+        assert after.touches == known.touches
+        assert profiles.get(first) is None
+        with pytest.raises(RotationError, match="no rotation is under way"):
+            rotation.finish()
+
+    names = counts(home, [second])
+    assert names["data set"] == before["data set"] > 0
+    assert names["lake"] == before["lake"] + 1
+    # What was trimmed lies in the spool's log until the intake's next quiet moment, or the next erasure.
+    assert [text for text in home.found(first, "p1-", "s1-") if "events.sqlite-wal" not in text] == []
+    assert not any(secret in path.read_bytes() for path in home.path.rglob("*") if path.is_file())
+    assert [entry.action for entry in entries(home.audit.path) if entry.action.startswith("key.")] == [
+        "key.rotated",
+        "key.destroyed",
+    ]
+    home.replicate()
+    erasure = home.vault.forget(PERSON)  # and who is forgotten after it is found everywhere
+    assert erasure is not None
+    assert erasure.pseudonyms == [second]
+    passes(home)
+    assert home.found(PERSON, first, second) == []
+
+
+def test_a_finish_that_is_killed_anywhere_is_completed_by_the_next(home: Home, monkeypatch: pytest.MonkeyPatch):
+    first = home.vault.admit([PERSON])[PERSON]
+    before = counts(home, [first])
+    home.replicate()
+    with SqliteProfiles(home.path / "onprem" / "profiles.sqlite") as profiles:
+        rotation = rotation_of(home, profiles)
+        rotation.begin()
+        steps = (
+            (rotation_module, "rename_people"),
+            (removal, "follow"),
+            (profiles, "delete"),
+            (replica, "remove"),
+            (home.vault, "retire"),
+        )
+        for where, step in steps:
+            with monkeypatch.context() as patch:
+                patch.setattr(where, step, lambda *_, **__: (_ for _ in ()).throw(Killed()))
+                with pytest.raises(Killed):
+                    rotation.finish()
+        rotation.finish()
+    second = home.vault.pseudonym(PERSON)
+    assert second is not None
+    after = counts(home, [second])
+    assert (after["lake"], after["data set"]) == (before["lake"], before["data set"])
+    assert "\n".join(home.found("p1-", "s1-")) == ""
