@@ -306,6 +306,56 @@ def gc(
     )
 
 
+@app.command(name="add-items")
+def add_items(
+    items: Annotated[
+        Path, typer.Argument(metavar="FILE", help="New items: .csv, .jsonl or .parquet with item and title at least.")
+    ],
+    channel: Annotated[str, typer.Argument(help="stable, canary or another name.")] = "stable",
+    *,
+    key: KeyOption = None,
+    trust: TrustOption = None,
+    models_bucket: BucketOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Let the sites of a channel recommend new items within a minute, without training.
+
+    Columns: item, title, description, category, price, image (16 numbers), in_stock. They go on top of what the
+    channel serves as a signed delta; a row that breaks a rule is named, and then nothing is published.
+    Example: `rankbridge bundle add-items new.csv`
+    """
+    layout = _layout()
+    if not models_bucket:
+        raise DeskError("no bucket of models is named", f"give --models-bucket NAME, or set {MODELS_BUCKET}")
+    paths = {
+        "--items": items,
+        "--work": layout.training_home,
+        "--key": key or layout.publisher_key,
+        "--trust": trust or layout.trust(HOME.name),
+        "--audit": layout.audit,
+    }
+    names = {"--channel": channel, "--models-bucket": models_bucket, "--actor": _actor()}
+    with jobs.viewing(Console(stderr=True, highlight=False) if as_json else _out) as view:
+        made = jobs.run(
+            "workloads.delta",
+            [
+                "add",
+                *(word for name, path in paths.items() for word in (name, str(path.absolute()))),
+                *(word for option in names.items() for word in option),
+            ],
+            log=layout.log("delta"),
+            view=view,
+            root=layout.root,
+        ).made
+    if as_json:
+        _json(made)
+    else:
+        _say(
+            f"{made['channel']}: {made['bundle'][:12]} with {made['deltas']} deltas (sequence {made['sequence']})",
+            f"take the last one back: `rankbridge bundle rollback {made['channel']}`",
+        )
+
+
 @audit.command(name="verify")
 def audit_verify(
     *,

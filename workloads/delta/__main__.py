@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from workloads.contract.storage import channel_key
 from workloads.telemetry.progress import Progress
 
 EXIT_FAULT = 2
@@ -82,12 +83,17 @@ def _make(arguments: argparse.Namespace, progress: Progress) -> dict[str, str]:
 
 
 def _publish(arguments: argparse.Namespace, progress: Progress) -> dict[str, str]:
-    from workloads.bundle.registry import Registry  # noqa: PLC0415 - as in main
+    from workloads.bundle.channels import RegistryFault  # noqa: PLC0415 - as in main
+    from workloads.bundle.registry import Registry  # noqa: PLC0415
     from workloads.bundle.signature import Trust  # noqa: PLC0415
     from workloads.delta.publishing import Publisher  # noqa: PLC0415
     from workloads.objects.s3 import S3Objects  # noqa: PLC0415
     from workloads.privacy.audit import AuditLog  # noqa: PLC0415
 
+    try:
+        channel_key(arguments.channel)
+    except ValueError as error:
+        raise RegistryFault(str(error), "give the name of a channel that there is") from None
     audit = None if arguments.audit is None else AuditLog(arguments.audit).append
     publisher = Publisher(
         registry=Registry(S3Objects(arguments.models_bucket), Trust.read(arguments.trust), audit=audit),

@@ -102,6 +102,15 @@ def test_what_cannot_be_used_ends_with_a_fault_and_no_traceback(
     assert last.remedy
 
 
+def test_a_name_that_no_channel_may_have_is_a_fault(run: Run, items: Path, tmp_path: Path):
+    make_key(tmp_path / "publisher.key")
+    where = ["--channel", "../x", "--models-bucket", "b", "--key", tmp_path / "publisher.key", "--trust", tmp_path]
+    code, lines, errors = run("add", "--items", items, "--work", tmp_path, "--actor", "x", *where)
+    assert (code, errors) == (2, "")
+    assert isinstance(lines[-1], FaultLine)
+    assert "no channel's name" in lines[-1].fault
+
+
 def _when_read(pipe: Path, job: subprocess.Popen[bytes]) -> int:
     """The pipe's other end, once the job reads it."""
     until = time.monotonic() + 30
