@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -31,6 +32,8 @@ PART_BYTES: Final = 8 << 20
 """Files above this are fetched in several ranges at once."""
 MARGIN_BYTES: Final = 64 << 20
 """Disk that a fetch leaves free."""
+ABANDONED_S: Final = 7 * 24 * 3600.0
+"""After so long nobody goes on with an interrupted fetch."""
 _HIDDEN: Final = ".fetch-"
 
 
@@ -45,6 +48,7 @@ class Fetch:
     def __call__(self, form: Form, identity: str, final: Path) -> Path:
         """Bring a release to `final`, its signature beside it. Raises as `Registry.fetch`."""
         final.parent.mkdir(parents=True, exist_ok=True)
+        _forget_the_abandoned(final.parent)
         with _workplace(final.parent / f"{_HIDDEN}{identity}") as work:
             if self._good(form, final):
                 shutil.rmtree(work)
@@ -183,6 +187,20 @@ def _workplace(path: Path) -> Iterator[Path]:
                 return
         finally:
             os.close(descriptor)
+
+
+def _forget_the_abandoned(parent: Path) -> None:
+    """Remove what interrupted fetches left that nobody went on with for ABANDONED_S."""
+    for path in parent.glob(f"{_HIDDEN}*"):
+        with contextlib.suppress(OSError):  # somebody works on it, or it is gone
+            if time.time() - path.stat().st_mtime < ABANDONED_S:
+                continue
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path)
+            finally:
+                os.close(descriptor)
 
 
 def _is(path: Path, entry: m.FileEntry) -> bool:

@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,18 @@ def test_a_store_that_fails_in_between_leaves_a_fetch_to_go_on(signed: Made, tmp
         sum(name == "get_range" for name, _ in objects.calls) == files - 4
     )  # calls 1 to 4 read manifest and signature
     assert sorted(path.name for path in tmp_path.iterdir()) == [signed.new.name, f"{signed.new.name}.sig"]
+
+
+def test_what_an_interrupted_fetch_left_goes_when_nobody_came_back_for_a_week(
+    signed: Made, registry: Registry, tmp_path: Path
+) -> None:
+    _publish(registry, signed.new)
+    for name, days in (("a", 8), ("b", 6)):
+        left = tmp_path / f".fetch-{name * 64}"
+        (left / "partial").mkdir(parents=True)
+        os.utime(left, (time.time() - days * 86400,) * 2)
+    registry.fetch(signed.new.name, tmp_path)
+    assert [path.name for path in tmp_path.glob(".*")] == [f".fetch-{'b' * 64}"]
 
 
 def test_a_disk_without_room_is_told_before_anything_is_fetched(
