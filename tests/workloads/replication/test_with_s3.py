@@ -48,7 +48,7 @@ LONG = os.environ.get("RANKBRIDGE_LONG") == "1"
 MIB = 1 << 20
 CHUNK, PARALLEL = 5 * MIB, 2
 CUTS = 50 if LONG else 4
-BYTES = 1_000_000_000 if LONG else 40_000_000
+BYTES = 1_000_000_000 if LONG else 30_000_000
 
 
 class Shop(Protocol):
@@ -355,9 +355,9 @@ class Cutter:
     ) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
-                if up and self._count(len(data)):
+                if up and (on_cut := self._count(len(data))) is not None:
                     self._cut()
-                    self._on_cut()
+                    on_cut()
                     return
                 sink.sendall(data)
         for end in pair:
@@ -368,14 +368,15 @@ class Cutter:
         for end in pair:
             end.close()
 
-    def _count(self, size: int) -> bool:
+    def _count(self, size: int) -> Callable[[], None] | None:
+        """What is to happen now, if this is where the cut is."""
         with self._mutex:
             self.uploaded += size
             if self.cut_at is None or self.uploaded < self.cut_at:
-                return False
+                return None
             self.cut_at = None
             self.cuts += 1
-            return True
+            return self._on_cut
 
     def _cut(self) -> None:
         with self._mutex:
@@ -454,26 +455,29 @@ def test_a_push_killed_or_cut_at_any_byte_sends_again_no_more_than_what_was_on_i
     step = BYTES // CUTS
     killed = 0
     process = run_push(command, cutter.endpoint, log=log)
+
+    def gone_on_with() -> bool:
+        """Whether it is not through yet; started again where it gave up on a store that it could not reach."""
+        nonlocal process
+        if process.poll() in {2, -signal.SIGKILL}:
+            process = run_push(command, cutter.endpoint, log=log)
+        return process.returncode is None
+
+    def kill() -> None:
+        process.kill()  # whichever runs by then
+
     for number in range(CUTS):
-        here = process
-        if number % 2 == 0:
-            cutter.arm(rng.randrange(1, 2 * step), here.kill)
-        else:
-            cutter.arm(rng.randrange(1, 2 * step))
-        while process.poll() is None and cutter.cut_at is not None:
+        cutter.arm(rng.randrange(1, 2 * step), kill if number % 2 else lambda: None)
+        while cutter.cut_at is not None and gone_on_with():
             time.sleep(0.01)
         if cutter.cut_at is not None:
             break  # it was through before the next cut
-        if number % 2 == 0:
-            process.wait()
-            killed += 1
-            process = run_push(command, cutter.endpoint, log=log)
-        elif process.poll() is not None:
-            process = run_push(command, cutter.endpoint, log=log)
+        if number % 2:
+            killed += process.wait() == -signal.SIGKILL
     cutter.disarm()
-    while process.wait() != 0:
-        assert process.returncode == 2, log.read_text()[-2000:]  # the store was away for longer than its tries
-        process = run_push(command, cutter.endpoint, log=log)
+    while gone_on_with():
+        time.sleep(0.01)
+    assert process.returncode == 0, log.read_text()[-2000:]
     manifest = replica.read_manifest(S3Objects(bucket), dataset.name)
     size = sum(part.bytes for part in manifest.parts)
     again = cutter.uploaded - size
@@ -481,8 +485,8 @@ def test_a_push_killed_or_cut_at_any_byte_sends_again_no_more_than_what_was_on_i
         f"{size} bytes, {cutter.cuts} cuts ({killed} kills), {again} sent again: "
         f"{again / CHUNK / cutter.cuts:.2f} parts a cut\n"
     )
-    assert killed >= 2
-    assert cutter.cuts >= CUTS * 3 // 4
+    assert killed >= CUTS // 4
+    assert cutter.cuts >= CUTS // 2
     assert size > BYTES * 0.9
     heads = 64_000 * (cutter.cuts + len(manifest.parts)) + size // 100  # of requests, and their chunked encoding
     assert again <= cutter.cuts * PARALLEL * CHUNK + heads

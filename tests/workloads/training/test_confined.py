@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import os
+import secrets
 import shutil
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
+import boto3
 import msgspec
+import polars as pl
 import pytest
 from landlock import LandlockError
 from landlock.plumbing import landlock_abi_version
 
-from workloads.data.dataset import Dataset
-from workloads.telemetry.progress import FaultLine, NoteLine, ResultLine, parse
+from infra.emulator import Emulator
+from workloads.data.dataset import Dataset, write_dataset
+from workloads.data.events import EventLog
+from workloads.privacy.columns import DEFAULT
+from workloads.telemetry.progress import FaultLine, NoteLine, Progress, ResultLine, parse
 from workloads.training import job
+from workloads.training.job import TrainingConfig
+
+replace = msgspec.structs.replace
 
 try:
     ABI = landlock_abi_version()
@@ -33,25 +46,85 @@ def run(module: str, *options: str) -> tuple[subprocess.CompletedProcess[str], o
     return ended, parse(ended.stdout.strip().splitlines()[-1]) if ended.stdout.strip() else None
 
 
-def test_a_confined_training_and_export_make_what_free_ones_make(dataset: Dataset, tmp_path: Path):
-    home = tmp_path / "aws" / "training"
-    copy = home / "replica" / dataset.path.name
-    shutil.copytree(dataset.path, copy)
-    settings = ["--small", "--threads", "1", "--rounds", "2", "--epochs", "1"]
-    ended, line = run("workloads.training", "--dataset", str(copy), "--home", str(home), "--confine", *settings)
+@pytest.fixture
+def aws(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The standard AWS configuration, pointed at the emulator, and an empty bucket there."""
+    for name, value in {
+        "AWS_ENDPOINT_URL": emulator.endpoint,
+        "AWS_DEFAULT_REGION": "eu-central-1",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }.items():
+        monkeypatch.setenv(name, value)
+    bucket = f"confined-{uuid.uuid4().hex[:12]}"
+    boto3.client("s3").create_bucket(Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
+    return bucket
+
+
+@pytest.fixture
+def shop(dataset: Dataset, tmp_path: Path) -> Path:
+    """A home with its key and one data set, whose sessions are pseudonyms as its users are."""
+    sessions = dataset.events["session"].drop_nulls().unique()
+    named = [f"s1-{hashlib.sha256(each.encode()).hexdigest()[:32]}" for each in sessions]
+    named_in = pl.col("session").replace_strict(sessions, named, default=None, return_dtype=pl.String)
+    key = tmp_path / "onprem" / "key" / "pseudonym-1.key"
+    key.parent.mkdir(parents=True)
+    key.touch(mode=0o600)
+    key.write_bytes(secrets.token_bytes(32))
+    meta = dataset.meta
+    return write_dataset(
+        tmp_path / "onprem" / "datasets",
+        name=meta.name,
+        source=meta.source,
+        input_digest=meta.input_digest,
+        key_epoch=1,
+        protocol=meta.protocol,
+        cut=meta.boundaries,
+        log=EventLog(dataset.events.with_columns(named_in)),
+        items=dataset.items,
+        splits=dataset.splits,
+        rules=[],
+        faults=meta.faults,
+        parameters={},
+    ).path
+
+
+def test_a_confined_training_from_the_bucket_alone_makes_what_one_at_home_makes(shop: Path, aws: str, tmp_path: Path):
+    """Pushed under a policy that leaves all columns alone, fetched, trained and exported in confinement."""
+    policy = tmp_path / "open.toml"
+    lines = DEFAULT.read_text(encoding="utf-8").splitlines()
+    opened = [f'{line.split(" = ")[0]} = {{ do = "leave" }}' if " = { do" in line else line for line in lines]
+    policy.write_text("\n".join(opened), encoding="utf-8")
+    ended, line = run(
+        "workloads.replication", "push", "--dataset", str(shop), "--home", str(tmp_path), "--data-bucket", aws,
+        "--policy", str(policy),
+    )  # fmt: skip
     assert isinstance(line, ResultLine), ended.stdout[-500:] + ended.stderr
-    assert line.made["dataset"] == str(copy)
-    assert any(
-        isinstance(note := parse(each), NoteLine) and note.stage == "confine" for each in ended.stdout.splitlines()
-    )
-    trained = Path(line.made["training"])
-    _, free = run("workloads.training", "--dataset", str(dataset.path), "--home", str(tmp_path / "free"), *settings)
-    assert isinstance(free, ResultLine)
+    private = shop.rename(tmp_path / "away")  # whatever the cloud's half may do: it is not there any more
+
+    home = tmp_path / "aws" / "training"
+    ended, line = run(
+        "workloads.training", "--replica", line.made["replica"], "--data-bucket", aws, "--home", str(home), "--confine",
+        "--small", "--threads", "1", "--rounds", "2", "--epochs", "1",
+    )  # fmt: skip
+    assert isinstance(line, ResultLine), ended.stdout[-500:] + ended.stderr
+    lines_said = [parse(each) for each in ended.stdout.splitlines()]
+    (confined,) = [each for each in lines_said if isinstance(each, NoteLine) and each.stage == "confine"]
+    assert str(home) in confined.text
+    assert sum(isinstance(each, ResultLine) for each in lines_said) == 1
+    fetched, trained = Path(line.made["dataset"]), Path(line.made["training"])
+    assert fetched.is_relative_to(home)
+    config = TrainingConfig(threads=1).small()
+    config = replace(config, towers=replace(config.towers, rounds=2), ranker=replace(config.ranker, epochs=1))
+    free = job.train(private, tmp_path / "free", config, Progress(io.StringIO()))
+    assert free.name == trained.name
     for name in (job.METRICS, job.TABLES, "weights/two_tower.safetensors", "weights/ranker.safetensors"):
-        assert (trained / name).read_bytes() == (Path(free.made["training"]) / name).read_bytes(), name
+        assert (trained / name).read_bytes() == (free / name).read_bytes(), name
 
     ended, line = run(
-        "workloads.export", "--training", str(trained), "--dataset", str(copy), "--home", str(home), "--confine"
+        "workloads.export", "--training", str(trained), "--dataset", str(fetched), "--home", str(home), "--confine"
     )
     assert isinstance(line, ResultLine), ended.stdout[-500:] + ended.stderr
     assert (Path(line.made["bundle"]) / "manifest.json").is_file()
@@ -87,9 +160,3 @@ def test_a_replica_without_its_bucket_is_a_fault(tmp_path: Path):
     assert ended.returncode == 2
     assert isinstance(line, FaultLine)
     assert "--data-bucket" in line.remedy
-
-
-def test_settings_of_the_run_are_read_with_those_of_the_place(tmp_path: Path, dataset: Dataset):
-    ended, line = run("workloads.training", "--dataset", str(dataset.path), "--home", str(tmp_path), "--rounds", "0")
-    assert ended.returncode == 2
-    assert msgspec.to_builtins(line)["fault"].startswith("--rounds 0")
