@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from workloads.objects.store import Conflict, Damaged, NotFound, ObjectStore, Part
+from workloads.objects.store import Conflict, Damaged, NotFound, ObjectsError, ObjectStore, Part, Unavailable
 from workloads.replication.bandwidth import Bandwidth
 from workloads.replication.journal import Begun, Closed, Journal, Sent
 from workloads.telemetry.progress import Progress
@@ -191,22 +191,28 @@ class Transfer:
         file = upload.file
         try:
             self._store.complete(file.key, upload.upload, [upload.arrived[n] for n in sorted(upload.arrived)])
-        except (Conflict, NotFound):
-            # It may be our own first try, whose answer was lost: what is there now is read back below.
-            if self._store.head(file.key).size != file.size:
-                raise
+        except (Conflict, NotFound) as error:
+            lost: ObjectsError | None = error  # it may be our own first try that won, its answer lost on the way
+        else:
+            lost = None
+        if self._store.head(file.key).size != file.size:
+            self._store.delete(file.key)
+            raise lost or Unavailable(f"{file.key}: the store made less of its parts than was sent", "push again")
         self._note(Closed(upload=upload.upload))
         for other in self._store.uploads(file.key):  # begun by a run that lost its notes
             self._store.abort(file.key, other)
         self._read_back(file)
 
     def _is_there(self, file: Outgoing) -> bool:
+        """Whether the object is there in its full length. One of another length is no such object: it is removed."""
         try:
             size = self._store.head(file.key).size
         except NotFound:
             return False
         if size != file.size:
-            raise Conflict(file.key, f"{file.key} is there already, with {size} bytes instead of {file.size}")
+            self._progress.note("upload", f"{file.key} has {size} bytes instead of {file.size}: it is sent again")
+            self._store.delete(file.key)
+            return False
         self._count(found=file.size)
         return True
 
@@ -223,7 +229,10 @@ class Transfer:
                 self.sums.verified += length
                 self._progress.step("verify", self.sums.verified, self._total, "bytes")
         if sha256.hexdigest() != file.sha256:
-            raise Damaged(file.key, sha256.hexdigest(), file.sha256)
+            self._store.delete(file.key)  # its name says that it is nothing that anybody could miss
+            damaged = Damaged(file.key, sha256.hexdigest(), file.sha256)
+            damaged.remedy = "it was removed: push again"
+            raise damaged
 
     def _give_up(self, key: str, upload: str) -> None:
         self._store.abort(key, upload)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from workloads.objects.memory import Crash, Kind, MemoryObjects
-from workloads.objects.store import Conflict, Damaged, NotFound, ObjectsError, Unavailable
+from workloads.objects.store import Damaged, NotFound, ObjectsError, Unavailable
 from workloads.replication.journal import Journal
 from workloads.replication.transfer import Outgoing, Sums, Transfer
 from workloads.telemetry.progress import Progress
@@ -134,14 +134,20 @@ def test_what_arrived_altered_is_found_out_by_reading_it_back(random_files: File
     with pytest.raises(Damaged) as caught:
         send(store, [file], tmp_path / "journal", quiet)
     assert file.key in caught.value.fault
+    assert caught.value.remedy == "it was removed: push again"
+    send(store, [file], tmp_path / "journal", quiet)
+    assert_whole(store, [file])
 
 
-def test_another_object_under_the_key_is_no_reason_to_go_on(random_files: Files, tmp_path: Path, quiet: Progress):
+@pytest.mark.parametrize("size", [300, 3 * CHUNK])
+def test_an_object_that_cannot_be_what_its_key_says_is_replaced(
+    random_files: Files, tmp_path: Path, quiet: Progress, size: int
+):
     store = MemoryObjects()
-    (file,) = random_files([300])
+    (file,) = random_files([size])
     store.plant(file.key, b"something else")
-    with pytest.raises(Conflict, match="14 bytes instead of 300"):
-        send(store, [file], tmp_path / "journal", quiet)
+    send(store, [file], tmp_path / "journal", quiet)
+    assert_whole(store, [file])
 
 
 def test_parts_that_somebody_else_put_in_are_sent_again(random_files: Files, tmp_path: Path, quiet: Progress):

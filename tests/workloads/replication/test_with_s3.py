@@ -47,6 +47,7 @@ pytestmark = [pytest.mark.real_parts, pytest.mark.usefixtures("aws")]
 LONG = os.environ.get("RANKBRIDGE_LONG") == "1"
 MIB = 1 << 20
 CHUNK, PARALLEL = 5 * MIB, 2
+PART = 40 * MIB
 CUTS = 50 if LONG else 4
 BYTES = 1_000_000_000 if LONG else 30_000_000
 
@@ -448,7 +449,7 @@ def test_a_push_killed_or_cut_at_any_byte_sends_again_no_more_than_what_was_on_i
     """By turns the process is killed (SIGKILL) and its connections are reset; bytes are counted on the wire."""
     dataset = large(shop, rewritten, tmp_path / "large", BYTES)
     more = ["--policy", str(open_policy), "--chunk-size", str(CHUNK), "--parallel", str(PARALLEL), "--no-read-back"]
-    more += ["--part-size", str(8 * CHUNK)]
+    more += ["--part-size", str(PART)]
     command = push_command(shop, bucket, dataset, *more)
     rng = random.Random(11)
     log = tmp_path / "log"
@@ -481,15 +482,17 @@ def test_a_push_killed_or_cut_at_any_byte_sends_again_no_more_than_what_was_on_i
     manifest = replica.read_manifest(S3Objects(bucket), dataset.name)
     size = sum(part.bytes for part in manifest.parts)
     again = cutter.uploaded - size
+    # LocalStack may make a torso of an upload whose completion is tried twice; the push notices and mends it.
+    torsos = log.read_text().count("it is sent again") + log.read_text().count("less of its parts")
     sys.stdout.write(
-        f"{size} bytes, {cutter.cuts} cuts ({killed} kills), {again} sent again: "
+        f"{torsos} torsos, {size} bytes, {cutter.cuts} cuts ({killed} kills), {again} sent again: "
         f"{again / CHUNK / cutter.cuts:.2f} parts a cut\n"
     )
     assert killed >= CUTS // 4
     assert cutter.cuts >= CUTS // 2
     assert size > BYTES * 0.9
     heads = 64_000 * (cutter.cuts + len(manifest.parts)) + size // 100  # of requests, and their chunked encoding
-    assert again <= cutter.cuts * PARALLEL * CHUNK + heads
+    assert again <= cutter.cuts * PARALLEL * CHUNK + heads + torsos * 2 * PART
     store = S3Objects(bucket)
     for part in manifest.parts:
         assert hashlib.sha256(store.get(f"replica/objects/sha256/{part.sha256}").data).hexdigest() == part.sha256
