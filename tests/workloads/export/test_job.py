@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime as ort
+import polars as pl
 import pytest
 from onnx import numpy_helper
 from safetensors.numpy import load_file, save_file
@@ -81,6 +83,26 @@ def test_what_is_written_passes_every_check_of_a_bundle(bundle: Bundle, dataset:
     assert manifest.ann.kind == "flat"
     assert manifest.ann.recall_at_10 == 1.0
     assert bundle.item_ids[1:] == dataset.items["item"].to_list()
+
+
+def test_no_bundle_knows_a_person(bundle: Bundle, dataset: Dataset) -> None:
+    people = dataset.events["user"].drop_nulls().unique().to_list()
+    sessions = dataset.events["session"].drop_nulls().unique().to_list()
+    hidden = [name.encode() for name in (*people, *sessions)] + [bytes.fromhex(name[3:]) for name in people]
+    assert len(people) > 100
+    rows = {len(people) + more for more in (-1, 0, 1)}
+    for file in sorted(path for path in bundle.path.rglob("*") if path.is_file()):
+        content = file.read_bytes()
+        if file.suffix == ".parquet":  # compressed: look at the values too
+            content += pl.read_parquet(file).write_ndjson().encode()
+        assert not any(name in content for name in hidden), file.name
+        assert re.search(rb"[ps][0-9]{1,3}-[0-9a-f]{32}", content) is None, file.name
+        shapes = []
+        if file.suffix == ".onnx":
+            shapes = [list(weight.dims) for weight in onnx.load(file).graph.initializer]
+        elif file.suffix == ".safetensors":
+            shapes = [list(table.shape) for table in load_file(file).values()]
+        assert not any(shape and shape[0] in rows for shape in shapes), f"{file.name} has a row for each person"
 
 
 def test_the_exported_item_tower_gives_the_vectors_of_the_tables(bundle: Bundle, dataset: Dataset) -> None:

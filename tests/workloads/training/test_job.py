@@ -56,6 +56,15 @@ def test_a_finished_run_holds_all_that_export_reads(finished: Path, dataset: Dat
     assert not list(finished.parent.glob(".*")), "no draft is left"
 
 
+def test_no_file_of_a_run_knows_a_person(finished: Path, dataset: Dataset):
+    people = [name.encode() for name in dataset.events["user"].drop_nulls().unique()]
+    assert len(people) > 100
+    for file in finished.parent.rglob("*"):
+        if file.is_file():
+            content = file.read_bytes()
+            assert not any(name in content for name in people), file.name
+
+
 def test_the_vectors_in_the_tables_are_the_towers_own(finished: Path):
     towers = two_tower.load(finished / job.WEIGHTS_DIR)
     tables = load_file(finished / job.TABLES)

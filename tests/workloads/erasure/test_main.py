@@ -1,0 +1,120 @@
+"""The job as a process: what it says, how it ends, and that a kill loses nobody."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from workloads.erasure.__main__ import main
+from workloads.privacy.audit import entries
+from workloads.privacy.vault import SqliteVault
+from workloads.telemetry.progress import FaultLine, Line, ResultLine, parse
+
+
+@pytest.fixture
+def vault(tmp_path: Path) -> Iterator[SqliteVault]:
+    made = SqliteVault(tmp_path / "onprem" / "vault.sqlite", create=True)
+    made.admit(["ada", "bob"])
+    yield made
+    made.close()
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[Line]]:
+    code = main(arguments, {})
+    lines = [parse(line) for line in capsys.readouterr().out.splitlines()]
+    assert None not in lines
+    return code, [line for line in lines if line is not None]
+
+
+def test_a_queue_is_emptied_and_said_in_the_audit_log(
+    tmp_path: Path, vault: SqliteVault, capsys: pytest.CaptureFixture[str]
+):
+    erasure = vault.forget("ada")
+    assert erasure is not None
+    code, lines = run(capsys, "run", "--home", str(tmp_path), "--no-replicas", "--settle", "0")
+    assert code == 0
+    assert isinstance(lines[-1], ResultLine)
+    assert lines[-1].figures == {"erased": 1.0}
+    assert vault.queue() == []
+    (entry,) = entries(tmp_path / "onprem" / "audit.jsonl")
+    assert (entry.action, entry.subject) == ("person.erased", erasure.ticket)
+
+
+def test_an_empty_queue_is_no_fault(tmp_path: Path, vault: SqliteVault, capsys: pytest.CaptureFixture[str]):
+    assert list(vault.all_users()) == ["ada", "bob"]
+    assert run(capsys, "run", "--home", str(tmp_path), "--no-replicas")[0] == 0
+
+
+def test_somebody_must_say_whether_there_are_replicas(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "--home", str(tmp_path)], {})
+    assert ended.value.code == 2
+    assert "--data-bucket --no-replicas" in capsys.readouterr().err
+
+
+def test_a_home_without_a_vault_is_a_fault_with_a_remedy(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    code, lines = run(capsys, "run", "--home", str(tmp_path), "--no-replicas")
+    assert code == 2
+    assert isinstance(lines[-1], FaultLine)
+    assert "no such vault" in lines[-1].fault
+    assert lines[-1].remedy
+
+
+def test_a_spool_whose_intake_is_down_is_a_fault_and_the_person_stays_in_the_queue(
+    tmp_path: Path, vault: SqliteVault, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "onprem" / "events.sqlite").touch()
+    vault.forget("ada")
+    where = ["--home", str(tmp_path), "--no-replicas", "--settle", "0"]
+    for arguments, said in (([], "only a running intake"), (["--intake", "http://127.0.0.1:1"], "does not answer")):
+        code, lines = run(capsys, "run", *where, *arguments)
+        assert code == 2
+        assert isinstance(lines[-1], FaultLine)
+        assert said in lines[-1].fault
+    assert len(vault.queue()) == 1
+
+
+def test_a_key_is_changed_by_two_commands(tmp_path: Path, vault: SqliteVault, capsys: pytest.CaptureFixture[str]):
+    first = vault.pseudonym("ada")
+    assert run(capsys, "rotate", "--home", str(tmp_path))[0] == 0
+    assert (vault.pseudonym("ada") or "")[:3] == "p2-"
+    code, lines = run(capsys, "rotate", "--home", str(tmp_path))
+    assert code == 2
+    assert isinstance(lines[-1], FaultLine)
+    assert "key 1 is still retiring" in lines[-1].fault
+    code, lines = run(capsys, "finish", "--home", str(tmp_path), "--no-replicas")
+    assert code == 2
+    assert isinstance(lines[-1], FaultLine)
+    assert "may still be on their way" in lines[-1].fault
+    code, lines = run(capsys, "status", "--home", str(tmp_path))
+    assert code == 0
+    assert isinstance(lines[-1], ResultLine)
+    assert lines[-1].figures == {"people": 2.0, "current": 2.0, "retiring": 1.0}
+    assert first is not None
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_whatever_ends_the_watch_the_next_run_goes_on(
+    tmp_path: Path, vault: SqliteVault, capsys: pytest.CaptureFixture[str], number: signal.Signals, code: int
+):
+    vault.forget("ada")
+    command = [sys.executable, "-m", "workloads.erasure", "run", "--watch", "--no-replicas", "--home", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for line in process.stdout:  # the first pass is over, the last one is due in a minute
+            if re.search("the last pass follows", line):
+                break
+        process.send_signal(number)
+        errors = process.stderr.read()
+        assert process.wait(60) == code
+    assert "Traceback" not in errors
+    assert len(vault.queue()) == 1
+    assert run(capsys, "run", "--home", str(tmp_path), "--no-replicas", "--settle", "0")[0] == 0
+    assert vault.queue() == []
