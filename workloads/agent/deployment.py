@@ -39,7 +39,7 @@ from workloads.contract.editions import Edition, SiteEditions
 from workloads.contract.sites import SiteClass
 from workloads.contract.tensors import RANKER
 from workloads.telemetry import log
-from workloads.telemetry.beside import in_thread
+from workloads.telemetry.beside import in_thread, settle
 
 PATIENCE_FIRST_S: Final = 1.0
 PATIENCE_LAST_S: Final = 60.0
@@ -439,6 +439,7 @@ class Deployment:
         if gone:
             _logger.info("bundles removed", bundles=[name[: m.SHORT] for name in gone])
         self._reached("cleaned")
+        settle()
         self._settled = True
         return False
 

@@ -123,11 +123,6 @@ class RealSite:
     def log(self, name: str) -> Path:
         return self.root / f"{name}.log"
 
-    def up(self) -> None:
-        """All of them, in no order; they find each other."""
-        for name in ("triton", "retrieval", "gateway", "agent"):
-            self.start(name)
-
     def kill(self, name: str) -> None:
         process = self.running.pop(name)
         with contextlib.suppress(ProcessLookupError):
