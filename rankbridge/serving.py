@@ -227,6 +227,8 @@ class Serving:
         def tidy(process: Process) -> None:
             if process.role is Role.TRITON:
                 triton.remove_shared_memory(SITES[process.site], plan.addresses)
+                # It refuses to start without its folder, into which the agent puts models later.
+                (self.layout.site(process.site) / "triton").mkdir(parents=True, exist_ok=True)
 
         return tidy
 
