@@ -358,6 +358,7 @@ def test_a_fork_is_refused(made: Path, bundle: Bundle, chain: list[Path], tmp_pa
 def test_a_chain_is_found_by_its_number_and_a_missing_link_is_named(
     bundle: Bundle, chain: list[Path], tmp_path: Path
 ) -> None:
+    chain[2].with_name(f"{chain[2].name}.sig").write_text("a signature lies beside its delta")
     assert find_chain(tmp_path / "deltas", bundle.id, 0) == []
     assert find_chain(tmp_path / "deltas", bundle.id, 3) == chain
     with pytest.raises(LookupError, match="0 deltas of number 4"):
