@@ -204,27 +204,6 @@ def open_delta(delta: Path) -> Delta:
     )
 
 
-def find_chain(deltas: Path, bundle: str, number: int) -> list[Path]:
-    """The directories of deltas 1 to `number` of a bundle below `<deltas>/<bundle id>/`, in order.
-
-    The last is the one of that number, the others those that it stands on. Raises LookupError when one is not
-    there, or when two of that number are (a fork: only one of them can be on the channel).
-    """
-    if not number:
-        return []
-    below = deltas / bundle
-    last = sorted(path for path in below.glob(f"{number}-*") if path.is_dir())  # signatures lie beside them
-    if len(last) != 1:
-        raise LookupError(f"{len(last)} deltas of number {number} in {below}, where one must be")
-    chain = last
-    while (previous := read_delta_manifest(chain[0])[0].previous) is not None:
-        path = below / directory_name(number - len(chain), previous)
-        if not path.is_dir():
-            raise LookupError(f"{path} is not there, and {chain[0].name} stands on it")
-        chain = [path, *chain]
-    return chain
-
-
 def mutual_neighbours(neighbours: Array, scores: Array, known: int) -> None:
     """Let items that new ones (indices beyond `known`) name as neighbours name them in turn, in place.
 

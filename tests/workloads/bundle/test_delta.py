@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from workloads.bundle.delta import (
     DeltaFacts,
     DeltaFault,
     check_delta,
-    find_chain,
     mutual_neighbours,
     open_delta,
     verify_delta,
@@ -350,22 +348,6 @@ def test_a_fork_is_refused(made: Path, bundle: Bundle, chain: list[Path], tmp_pa
     other = put(tmp_path / "deltas", bundle, "other-1", "other-2", seed=9)
     with pytest.raises(DeltaFault, match="the chain forks"):
         open_bundle(made, [other, chain[1]])
-    with pytest.raises(LookupError, match="2 deltas of number 1"):
-        find_chain(tmp_path / "deltas", bundle.id, 1)
-    assert find_chain(tmp_path / "deltas", bundle.id, 2) == chain[:2], "a later delta says which it stands on"
-
-
-def test_a_chain_is_found_by_its_number_and_a_missing_link_is_named(
-    bundle: Bundle, chain: list[Path], tmp_path: Path
-) -> None:
-    chain[2].with_name(f"{chain[2].name}.sig").write_text("a signature lies beside its delta")
-    assert find_chain(tmp_path / "deltas", bundle.id, 0) == []
-    assert find_chain(tmp_path / "deltas", bundle.id, 3) == chain
-    with pytest.raises(LookupError, match="0 deltas of number 4"):
-        find_chain(tmp_path / "deltas", bundle.id, 4)
-    shutil.rmtree(chain[0])
-    with pytest.raises(LookupError, match=f"{chain[0].name} is not there"):
-        find_chain(tmp_path / "deltas", bundle.id, 3)
 
 
 def test_a_delta_for_another_bundle_is_refused(bundle: Bundle, delta: Path, tmp_path: Path) -> None:
