@@ -26,6 +26,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,8 @@ TIDY_EVERY: Final = 16
 GRACE_S: Final = 600.0
 """How long a reader may keep reading a snapshot that is no longer the newest."""
 WAIT_S: Final = 60.0
+WRITERS: Final = 8
+"""Files that are written and fsynced at once."""
 ROW_GROUP: Final = 131_072
 COMPACT_BYTES: Final = 256 * 1024 * 1024
 """Input of one compaction commit: writers of events wait no longer than this takes."""
@@ -543,7 +546,9 @@ class Lake:
             return []
         if unknown := set(pc.unique(rows["type"]).to_pylist()) - {kind.value for kind in EventType}:
             raise SchemaError(f"{len(unknown)} types of event are unknown to the contract")
-        return [self._write_file(table, iter([piece])) for piece in by_partition(rows)]
+        pieces = list(by_partition(rows))
+        with ThreadPoolExecutor(min(WRITERS, len(pieces))) as writers:  # they wait for the disk side by side
+            return list(writers.map(lambda piece: self._write_file(table, iter([piece])), pieces))
 
     def _write_file(self, table: Table, pieces: Iterator[pa.Table]) -> DataFile:
         """One durable file of rows of one partition, a row group per piece."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,12 +72,14 @@ class Disk:
     """Counts what changes the disk for good, and ends the process before or after one such step."""
 
     def __init__(self) -> None:
+        self._counting = threading.Lock()
         self.steps = 0
         self.stop_at: int | None = None
         self.after = False
 
     def step(self, change: Callable[[], object]) -> object:
-        number, self.steps = self.steps, self.steps + 1
+        with self._counting:
+            number, self.steps = self.steps, self.steps + 1
         if number == self.stop_at and not self.after:
             raise Killed
         done = change()
