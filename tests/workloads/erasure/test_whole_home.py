@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import socket
 import sqlite3
 import subprocess
@@ -42,6 +43,7 @@ from workloads.replication.push import push
 from workloads.telemetry.progress import Progress
 
 PERSON, OTHER = "user-000007", "user-000011"
+SHOP = SimulatorConfig(users=60, items=80, events=2500, days=10, seed=3)
 
 pytestmark = pytest.mark.real_parts
 
@@ -49,8 +51,9 @@ pytestmark = pytest.mark.real_parts
 class Home:
     """A home directory, its intake's process, and its bucket."""
 
-    def __init__(self, path: Path, intake: str, prepared: Prepared) -> None:
-        self.path, self.intake, self.prepared = path, intake, prepared
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.intake: str | None = None
         self.bucket = MemoryObjects()
         self.vault = SqliteVault(path / "onprem" / "vault.sqlite")
         self.audit = AuditLog(path / "onprem" / "audit.jsonl")
@@ -64,7 +67,7 @@ class Home:
 
     def _post(self, path: str, message: object) -> None:
         request = urllib.request.Request(  # noqa: S310 - a loopback address
-            self.intake + path,
+            f"{self.intake}{path}",
             msgspec.msgpack.encode(message),
             {"content-type": "application/msgpack"},
             method="POST",
@@ -134,25 +137,37 @@ def holds(data: bytes, path: Path, needles: tuple[str, ...]) -> list[str]:
     return found
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """A prepared home, to be copied."""
+    return prepare(Request("simulator", simulation=SHOP), tmp_path_factory.mktemp("home"), Progress(io.StringIO()))
+
+
 @pytest.fixture
-def home(tmp_path: Path) -> Iterator[Home]:
-    path = tmp_path / "home"
-    config = SimulatorConfig(users=60, items=80, events=3000, days=30, seed=3)
-    prepared = prepare(Request("simulator", simulation=config), path, Progress(io.StringIO()))
+def bare(prepared: Prepared, tmp_path: Path) -> Iterator[Home]:
+    """A home without an intake: data sets, profiles, vault, lake."""
+    shutil.copytree(prepared.vault.parents[1], tmp_path / "home")
+    made = Home(tmp_path / "home")
+    with Lake.open(made.path / "onprem" / "lake") as lake:
+        lake.load(made.path / "onprem" / "datasets" / prepared.dataset.name, progress=made.progress)
+    yield made
+    made.vault.close()
+
+
+@pytest.fixture
+def home(bare: Home, tmp_path: Path) -> Iterator[Home]:
+    """The same with a running intake."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "workloads.intake", "--listen", f"127.0.0.1:{port}"]
-    command += ["--store", str(path / "onprem" / "events.sqlite")]
+    command += ["--store", str(bare.path / "onprem" / "events.sqlite")]
     with (tmp_path / "intake.log").open("wb") as log:
         intake = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        made = Home(path, f"http://127.0.0.1:{port}", prepared)
-        eventually(lambda: _ready(made.intake))
-        with Lake.open(path / "onprem" / "lake") as lake:
-            lake.load(prepared.dataset, progress=made.progress)
-        yield made
-        made.vault.close()
+        bare.intake = f"http://127.0.0.1:{port}"
+        eventually(lambda: _ready(f"http://127.0.0.1:{port}"))
+        yield bare
     finally:
         intake.terminate()
         intake.wait(20)
@@ -204,6 +219,8 @@ def counts(home: Home, names: Collection[str]) -> dict[str, int]:
     quoted = ", ".join(f"'{name}'" for name in names)
     with Lake.open(home.path / "onprem" / "lake") as lake:
         in_lake = lake.query(f'SELECT count(*) FROM events WHERE "user" IN ({quoted})').fetchall()[0][0]  # noqa: S608 - ours
+    if home.intake is None:
+        return {"data set": events.filter(events["user"].is_in(list(names))).height, "lake": int(in_lake)}
     with sqlite3.connect(home.path / "onprem" / "events.sqlite") as spool:
         in_spool = spool.execute(f"SELECT count(*) FROM events WHERE user IN ({quoted})").fetchone()[0]  # noqa: S608 - ours
     return {
@@ -247,47 +264,46 @@ def test_a_forgotten_person_is_in_no_byte_of_home_or_bucket_and_nobody_else_has_
     assert home.found(before) == []
 
 
-def test_what_was_prepared_before_is_found_again_without_the_person_and_can_be_replicated(home: Home):
-    name = home.vault.pseudonym(PERSON)
+def test_what_was_prepared_before_is_found_again_without_the_person_and_can_be_replicated(bare: Home):
+    name = bare.vault.pseudonym(PERSON)
     assert name is not None
-    old = home.replicate()
-    home.vault.forget(PERSON)
-    passes(home)
-    config = SimulatorConfig(users=60, items=80, events=3000, days=30, seed=3)
-    again = prepare(Request("simulator", simulation=config), home.path, home.progress)
+    old = bare.replicate()
+    bare.vault.forget(PERSON)
+    passes(bare)
+    again = prepare(Request("simulator", simulation=SHOP), bare.path, bare.progress)
     assert again.reused
-    assert home.vault.pseudonym(PERSON) is None
-    new = home.replicate()
+    assert bare.vault.pseudonym(PERSON) is None
+    new = bare.replicate()
     assert new != old
-    assert home.found(name) == []
+    assert bare.found(name) == []
 
 
-def test_a_push_that_was_cut_leaves_nothing_of_the_person_in_the_bucket(home: Home):
-    name = home.vault.pseudonym(PERSON)
+def test_a_push_that_was_cut_leaves_nothing_of_the_person_in_the_bucket(bare: Home):
+    name = bare.vault.pseudonym(PERSON)
     assert name is not None
-    home.replicate()
-    manifest = next(each.key for each in home.bucket.list("replica/manifests/"))
-    home.bucket.delete(manifest)  # parts that no manifest names, as a cut push leaves them
-    assert any("s3:" in text for text in home.found(name))
-    home.vault.forget(PERSON)
-    passes(home)
-    assert home.found(name) == []
+    bare.replicate()
+    manifest = next(each.key for each in bare.bucket.list("replica/manifests/"))
+    bare.bucket.delete(manifest)  # parts that no manifest names, as a cut push leaves them
+    assert any("s3:" in text for text in bare.found(name))
+    bare.vault.forget(PERSON)
+    passes(bare)
+    assert bare.found(name) == []
 
 
 def test_a_removal_that_is_killed_between_the_new_data_set_and_the_old_is_completed(
-    home: Home, monkeypatch: pytest.MonkeyPatch
+    bare: Home, monkeypatch: pytest.MonkeyPatch
 ):
-    name = home.vault.pseudonym(PERSON)
+    name = bare.vault.pseudonym(PERSON)
     assert name is not None
-    home.vault.forget(PERSON)
+    bare.vault.forget(PERSON)
     with monkeypatch.context() as patch:
         patch.setattr(preparation, "refill_mark", lambda *_: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
-            passes(home)
-    assert len(list((home.path / "onprem" / "datasets").glob("simulator-*"))) == 2
-    passes(home)
-    assert len(list((home.path / "onprem" / "datasets").glob("simulator-*"))) == 1
-    assert home.found(name, PERSON) == []
+            passes(bare)
+    assert len(list((bare.path / "onprem" / "datasets").glob("simulator-*"))) == 2
+    passes(bare)
+    assert len(list((bare.path / "onprem" / "datasets").glob("simulator-*"))) == 1
+    assert bare.found(name, PERSON) == []
 
 
 # a new key
@@ -353,19 +369,19 @@ def test_a_rotation_keeps_everybodys_history_and_ends_with_the_old_key_and_every
     assert home.found(PERSON, first, second) == []
 
 
-def test_a_finish_that_is_killed_anywhere_is_completed_by_the_next(home: Home, monkeypatch: pytest.MonkeyPatch):
-    first = home.vault.admit([PERSON])[PERSON]
-    before = counts(home, [first])
-    home.replicate()
-    with SqliteProfiles(home.path / "onprem" / "profiles.sqlite") as profiles:
-        rotation = rotation_of(home, profiles)
+def test_a_finish_that_is_killed_anywhere_is_completed_by_the_next(bare: Home, monkeypatch: pytest.MonkeyPatch):
+    first = bare.vault.admit([PERSON])[PERSON]
+    before = counts(bare, [first])
+    bare.replicate()
+    with SqliteProfiles(bare.path / "onprem" / "profiles.sqlite") as profiles:
+        rotation = rotation_of(bare, profiles)
         rotation.begin()
         steps = (
             (rotation_module, "rename_people"),
             (removal, "follow"),
             (profiles, "delete"),
             (replica, "remove"),
-            (home.vault, "retire"),
+            (bare.vault, "retire"),
         )
         for where, step in steps:
             with monkeypatch.context() as patch:
@@ -373,8 +389,8 @@ def test_a_finish_that_is_killed_anywhere_is_completed_by_the_next(home: Home, m
                 with pytest.raises(Killed):
                     rotation.finish()
         rotation.finish()
-    second = home.vault.pseudonym(PERSON)
+    second = bare.vault.pseudonym(PERSON)
     assert second is not None
-    after = counts(home, [second])
+    after = counts(bare, [second])
     assert (after["lake"], after["data set"]) == (before["lake"], before["data set"])
-    assert "\n".join(home.found("p1-", "s1-")) == ""
+    assert "\n".join(bare.found("p1-", "s1-")) == ""
