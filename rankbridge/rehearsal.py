@@ -363,6 +363,12 @@ class Rehearsal:
             out.print(quality_table(found.quality))
         if found.load is not None:
             out.print(load_table(found.load))
+        if found.crossing is not None and found.crossing.served_after_s:
+            served, added = (
+                ", ".join(f"{site} {after:.1f} s" for site, after in seconds.items())
+                for seconds in (found.crossing.served_after_s, found.crossing.new_item_after_s)
+            )
+            out.print(f"channel moved to bundle served: {served}; a new item's file to recommended: {added}")
         for breach in found.breaches:
             out.print(f"[red]breach[/] {escape(breach.sentence)}", soft_wrap=True)
         word = "[bold green]passed[/]" if found.passed else f"[bold red]failed[/], {len(found.breaches)} breaches"

@@ -20,8 +20,9 @@ from loadtests.gate import BLAMED, LoadResult
 from loadtests.measures import OUTSIDE, Measure
 from loadtests.samples import write_whole
 from rankbridge import plots
-from rankbridge.verdict import Curve, Verdict
+from rankbridge.verdict import Crossing, Curve, Verdict
 from workloads.contract.quality import QualityRow
+from workloads.contract.slo import NEW_ITEM_MAX_S, SERVED_AFTER_MAX_S
 
 _ENDPOINT_COLOURS: Final = {
     "/v1/recommend": plots.SERIES[0],
@@ -242,6 +243,10 @@ def _tiles(verdict: Verdict) -> Iterable[Tile]:
             note=f"PSS, allowed {_number(memory.allowed_mb)}",
             held=memory.total_mb <= memory.allowed_mb,
         )
+    if verdict.crossing is not None and verdict.crossing.served_after_s:
+        slowest = max(verdict.crossing.served_after_s.values())
+        allowed = f"at both sites, allowed {SERVED_AFTER_MAX_S:.0f}"
+        yield Tile("Published to served", f"{slowest:.1f}", "s", allowed, slowest <= SERVED_AFTER_MAX_S)
     if verdict.steps:
         total = sum(s.seconds for s in verdict.steps)
         yield Tile("Data to verdict", _seconds(total), "", f"on {verdict.machine.cores} cores", None)
@@ -308,6 +313,22 @@ def _held(verdict: Verdict) -> Iterable[Held]:
             "0",
             verdict.durability.lost == 0,
         )
+    if verdict.crossing is not None:
+        yield from _held_crossing(verdict.crossing)
+
+
+def _held_crossing(crossing: Crossing) -> Iterable[Held]:
+    promises = (
+        ("Channel moved to bundle served", crossing.served_after_s, SERVED_AFTER_MAX_S),
+        ("New item's file to new item recommended", crossing.new_item_after_s, NEW_ITEM_MAX_S),
+    )
+    for subject, seconds, allowed in promises:
+        for site, measured in seconds.items():
+            yield Held(f"{subject}, {site}", f"{measured:.1f} s", f"≤ {allowed:g} s", measured <= allowed)
+    if crossing.lake is not None:
+        same = crossing.lake.difference is None
+        found = f"{_number(crossing.lake.events)} in both" if same else "they differ"
+        yield Held("Events of the intake's spool that are in the lake", found, "all, once each", same)
 
 
 def _held_endpoint(budget: Budget, measure: Measure | None) -> Iterable[Held]:
