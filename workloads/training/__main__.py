@@ -94,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fetch(place: argparse.Namespace) -> Path:
     """Have the replica fetched; its lines become ours, but for the result, which is where the data set lies."""
     if place.data_bucket is None:
-        raise ConfinementError("--replica names a data set but no bucket", "say which with --data-bucket")
+        Progress().fault("--replica names a data set but no bucket", "say which with --data-bucket")
+        raise _FetchError(EXIT_FAULT)
     command = [sys.executable, "-m", "workloads.replication", "fetch", "--dataset", place.replica]
     command += ["--data-bucket", place.data_bucket, "--into", str(place.home / REPLICA)]
     made: Path | None = None
