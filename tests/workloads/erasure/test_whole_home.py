@@ -43,7 +43,7 @@ from workloads.replication.push import push
 from workloads.telemetry.progress import Progress
 
 PERSON, OTHER = "user-000007", "user-000011"
-SHOP = SimulatorConfig(users=60, items=80, events=2500, days=10, seed=3)
+SHOP = SimulatorConfig(users=60, items=80, events=2500, days=28, seed=3)
 
 pytestmark = pytest.mark.real_parts
 
