@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -128,15 +129,17 @@ class FakeReleases:
     def __init__(self, *bundles: Path) -> None:
         self.channel: str | None = "stable"
         self.bundles = {path.name: path for path in bundles}
+        self.deltas: dict[str, Path] = {}
+        """By id."""
         self.pointer: Wanted | None = None
         self.fault: Exception | None = None
         """What every question fails with: Hindrance for a cloud that is gone."""
         self.fetches = 0
 
-    def promote(self, bundle: str) -> None:
-        """Point the channel to a bundle."""
+    def promote(self, bundle: str, *deltas: str) -> None:
+        """Point the channel to a bundle with deltas."""
         sequence = 1 if self.pointer is None else self.pointer.sequence + 1
-        self.pointer = Wanted(bundle, channel="stable", sequence=sequence)
+        self.pointer = Wanted(bundle, deltas, channel="stable", sequence=sequence)
 
     def wanted(self) -> Wanted | None:
         """See `Releases`."""
@@ -151,3 +154,7 @@ class FakeReleases:
             raise self.fault
         with _judged():
             copy_bundle(self.bundles[wanted.bundle], site.bundles)
+            for number, delta in enumerate(wanted.deltas, start=1):
+                place = site.delta_folder(wanted.bundle, number, delta)
+                if not place.exists():
+                    shutil.copytree(self.deltas[delta], place)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from agent_world import World, altered, model_of, spoil_ranker
 
@@ -15,9 +17,12 @@ from workloads.agent.keeper import RETIRE_AFTER_S
 from workloads.agent.memory import Hold
 from workloads.agent.neighbours import Silence
 from workloads.agent.refusal import Hindrance, Refusal
+from workloads.bundle.delta import write_delta
 from workloads.bundle.site import read_editions
+from workloads.bundle.store import open_bundle
 from workloads.contract.editions import Edition
 from workloads.contract.sites import SiteClass
+from workloads.contract.tensors import ITEM_TABLES, NEIGHBOURS, VECTOR_DIM
 
 
 async def _served(world: World, bundle: Path) -> None:
@@ -279,6 +284,90 @@ async def test_an_edition_that_one_gateway_cannot_open_is_taken_back_at_all_of_t
     assert editions is not None
     assert editions.previous == Edition(bundle=third.name)  # as before: nothing was flipped
     assert world.counted('rankbridge_agent_refusals_total{reason="gateway"}') == 1
+
+
+# deltas
+
+
+def _delta(folder: Path, bundle: Path, *before: Path, item: str = "new") -> Path:
+    """A delta with one item, on a bundle and the deltas before it."""
+    axes = {"N+1": 1, "VECTOR_DIM": VECTOR_DIM, "NEIGHBOURS": NEIGHBOURS}
+    tables = {name: np.zeros([axes[axis] for axis in shape], dtype) for name, (dtype, shape) in ITEM_TABLES.items()}
+    catalogue: dict[str, list[Any]] = {
+        "item": [f"{item}-{len(before) + 1}"],
+        "title": ["A new lantern"],
+        "description": ["It came today."],
+        "category": ["Lighting"],
+        "price": [9.5],
+        "image": [[]],
+        "first_seen_ms": [1_790_000_000_000],
+        "in_stock": [True],
+    }
+    return write_delta(folder, open_bundle(bundle, before).next_delta(1_790_000_000_000), catalogue, tables)
+
+
+def _id(delta: Path) -> str:
+    return delta.name.partition("-")[2]
+
+
+def _offer(world: World, bundle: Path, *deltas: Path) -> None:
+    world.releases.deltas |= {_id(delta): delta for delta in deltas}
+    world.releases.promote(bundle.name, *map(_id, deltas))
+
+
+async def test_a_delta_is_flipped_to_without_touching_triton_and_can_be_gone_back_from(
+    world: World, made: Path, tmp_path: Path
+) -> None:
+    await _served(world, made)
+    calls = list(world.triton.calls)
+    delta = _delta(tmp_path / "deltas", made)
+    _offer(world, made, delta)
+    await world.run()
+    assert world.neighbours.serves == [Edition(bundle=made.name, delta=1)]
+    assert world.triton.calls == calls
+    _hold(world, made, 2)
+    await world.run()
+    assert world.neighbours.serves == [Edition(bundle=made.name)]
+    assert world.site.installed_deltas(made.name) == {1: _id(delta)}
+
+
+async def test_a_delta_that_does_not_stand_on_the_one_before_is_refused(
+    world: World, made: Path, tmp_path: Path
+) -> None:
+    await _served(world, made)
+    first = _delta(tmp_path / "deltas", made)
+    second = _delta(tmp_path / "deltas", made, _delta(tmp_path / "fork", made, item="other"), item="after")
+    _offer(world, made, first, second)
+    await world.run()
+    assert world.neighbours.serves == [Edition(bundle=made.name)]
+    assert "does not stand on delta 1" in str(world.deployment.detail()["refused"])
+
+
+async def test_another_delta_of_a_number_is_taken_only_once_the_first_is_not_served_any_more(
+    world: World, made: Path, tmp_path: Path
+) -> None:
+    one, another = _delta(tmp_path / "deltas", made), _delta(tmp_path / "fork", made, item="other")
+    _offer(world, made, one)
+    await world.run()
+    _offer(world, made, another)
+    await world.run()
+    assert "promote the bundle with 0 deltas first" in str(world.deployment.detail()["refused"])
+    assert world.site.installed_deltas(made.name) == {1: _id(one)}
+    await _served(world, made)
+    _offer(world, made, another)
+    await world.run()
+    assert world.neighbours.serves == [Edition(bundle=made.name, delta=1)]
+    assert world.site.installed_deltas(made.name) == {1: _id(another)}
+
+
+async def test_deltas_go_with_their_bundle(world: World, made: Path, other: Path, third: Path, tmp_path: Path) -> None:
+    _offer(world, made, _delta(tmp_path / "deltas", made))
+    await world.run()
+    await _served(world, other)
+    assert world.site.installed_deltas(made.name)
+    await _served(world, third)
+    assert not world.site.installed_deltas(made.name)
+    assert not (world.site.deltas / made.name).exists()
 
 
 # back by hand
