@@ -41,7 +41,7 @@ FORMAT: Final = "rankbridge-profiles-2"
 FORGOTTEN_MS: Final = 30 * 86_400_000
 """How long a store remembers that a pseudonym was forgotten, so that events still under way do not bring it back."""
 LOOK_UP_TIMEOUT_S: Final = 0.02
-"""How long a gateway waits for Redis before it answers without the profile."""
+"""How long a gateway waits for the store before it answers without the profile."""
 USERNAME_VARIABLE: Final = "RANKBRIDGE_REDIS_USERNAME"
 PASSWORD_VARIABLE: Final = "RANKBRIDGE_REDIS_PASSWORD"  # noqa: S105 - the variable's name, no password
 _BUSY_S: Final = 5.0
@@ -307,6 +307,8 @@ class SqliteProfiles:
             self._reader.close()
             found = self.meta.get("format")
             raise ProfileStoreError(f"{path}: format {found!r}, not {FORMAT!r}; prepare the data set again")
+        # Readers meet a lock only while a last writer closes the file; an event loop must not sit that out.
+        self._reader.execute(f"PRAGMA busy_timeout={round(LOOK_UP_TIMEOUT_S * 1000)}")
 
     def get(self, pseudonym: str) -> Profile | None:
         """See `ProfileStore`."""

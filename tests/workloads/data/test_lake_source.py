@@ -11,6 +11,7 @@ import pytest
 from workloads.data import lake_source
 from workloads.data.__main__ import main
 from workloads.data.dataset import Dataset
+from workloads.data.profiles import SqliteProfiles, Watermark
 from workloads.data.reading import SourceError
 from workloads.lake.lake import Lake
 from workloads.lake.spool import MemorySpool
@@ -77,6 +78,11 @@ def test_events_that_came_since_are_in_it_and_unknown_items_are_not(home: Path, 
     newest = again.events.sort("timestamp_ms").row(-1, named=True)
     assert (newest["user"], newest["item"]) == (user, original.items["item"][0])
     assert again.meta.boundaries.end_ms > original.meta.end_ms
+    with SqliteProfiles(home / "onprem" / "profiles.sqlite") as profiles:
+        assert profiles.watermark() == Watermark(2, newest["timestamp_ms"])  # feedback applies neither a second time
+        known = profiles.get(user)
+    assert known is not None
+    assert known.touches[-1].item == original.items["item"][0]
 
 
 def test_an_unchanged_lake_is_not_prepared_twice(home: Path, capsys: pytest.CaptureFixture[str]):
