@@ -313,6 +313,26 @@ def test_who_is_forgotten_is_gone_at_once_and_events_under_way_bring_nobody_back
     assert other is not None
 
 
+def test_people_get_second_names_and_what_is_there_under_one_stays(store: ProfileStore):
+    many = [a_sign(n, "p1-a", f"sku-{n}", at_ms=AT + n) for n in range(1, TOUCHES_MAX + 11)]
+    end = len(many)
+    store.apply([*many, a_sign(end + 1, "p1-b", "mug"), a_sign(end + 2, "p2-b", "lamp")], Watermark(end + 2, AT))
+    names = {"p1-a": "p2-a", "p1-b": "p2-b", "p1-nobody": "p2-nobody"}
+    assert store.copy(names) == 1
+    assert store.copy(names) == 0
+    first, second, other = (store.get(name) for name in ("p1-a", "p2-a", "p2-b"))
+    assert first is not None
+    assert second is not None
+    assert other is not None
+    assert second.touches == first.touches
+    assert [touch.item for touch in other.touches] == ["lamp"]
+    assert store.get("p2-nobody") is None
+    store.apply([a_sign(900, "p2-a", "sku-1", at_ms=AT + 900)], Watermark(900, AT))  # beyond the latest, too
+    again = store.get("p2-a")
+    assert again is not None
+    assert again.touches[-1].count == 2
+
+
 def test_an_item_that_fell_out_of_the_latest_comes_back_with_its_count(store: ProfileStore):
     many = [a_sign(n, "p1-a", f"sku-{n}", at_ms=AT + n) for n in range(1, TOUCHES_MAX + 11)]
     store.apply(many, Watermark(len(many), AT))
