@@ -75,7 +75,7 @@ class DatasetMeta(msgspec.Struct, frozen=True, kw_only=True):
     source: str
     """What it was made of: `simulator`, or the adapter and the file's name."""
     input_digest: str
-    """sha256 of input, configuration, key and code: equal inputs need no second preparation."""
+    """sha256 of input, configuration, home and code: equal inputs need no second preparation."""
     key_epoch: int
     protocol: Protocol
     boundaries: Boundaries

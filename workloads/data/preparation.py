@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
@@ -129,8 +129,8 @@ def prepare(request: Request, home: Path, progress: Progress, *, again: bool = F
 
 def _prepare(request: Request, places: Places, vault: SqliteVault, progress: Progress, *, again: bool) -> Prepared:
     key = vault.key()
-    digest = _input_digest(request, key)
-    if not again and (done := _find_done(places, digest)) is not None:
+    digest = _input_digest(request, vault.identity)
+    if not again and (done := _find_done(places, digest, vault.epochs().valid)) is not None:
         progress.note("read", f"{done.dataset.name} was prepared before from the same input; using it")
         return done
     source = _load(request, progress)
@@ -245,8 +245,11 @@ def _pseudonymised(log: EventLog, names: Mapping[str, str], key: PseudonymKey) -
     return EventLog(frame)
 
 
-def _input_digest(request: Request, key: PseudonymKey) -> str:
-    """What decides the outcome: input bytes, configuration, key, and the code of this package."""
+def _input_digest(request: Request, identity: str) -> str:
+    """What decides the outcome: input bytes, configuration, home, and the code of this package.
+
+    Not the key: a data set whose people were renamed when it changed is still the one of this input.
+    """
     digest = hashlib.sha256()
     facts = {
         "kind": request.kind,
@@ -258,7 +261,7 @@ def _input_digest(request: Request, key: PseudonymKey) -> str:
         "simulation": msgspec.to_builtins(request.simulation) if request.kind == "simulator" else None,
         "columns": dict(request.columns or {}),
         "max_bad_share": request.max_bad_share,
-        "key": [key.epoch, key.fingerprint],
+        "home": identity,
     }
     digest.update(msgspec.json.encode(facts, order="sorted"))
     package = Path(__file__).parent
@@ -312,7 +315,7 @@ def follow(places: Places, old: str | None = None, new: str | None = None) -> No
         write_private(places.mark, msgspec.json.encode(fresh))
 
 
-def _find_done(places: Places, digest: str) -> Prepared | None:
+def _find_done(places: Places, digest: str, epochs: Collection[int]) -> Prepared | None:
     """Everything a run of this input would make, if all of it is there and whole."""
     path = find_prepared(places.datasets, digest)
     if path is None:
@@ -320,6 +323,8 @@ def _find_done(places: Places, digest: str) -> Prepared | None:
     try:
         mark = msgspec.json.decode(places.mark.read_bytes(), type=_Mark)
         if mark != _mark(places, path.name) or filled_from(places.profiles) != path.name:
+            return None
+        if read_meta(path).key_epoch not in epochs:
             return None
     except (OSError, msgspec.DecodeError, SourceError):
         return None

@@ -41,7 +41,7 @@ KEY_FOLDER: Final = "key"
 """Beside the vault: `pseudonym-<epoch>.key`."""
 _BUSY_S: Final = 10.0
 _NOT_LONG_S: Final = 0.5
-_SCHEMA_VERSION: Final = 1
+_SCHEMA_VERSION: Final = 2
 
 
 class VaultError(Exception):
@@ -228,6 +228,12 @@ class SqliteVault:
             held = self._held[epoch] = read_key(key_path(self.keys, epoch))
         return held
 
+    @property
+    def identity(self) -> str:
+        """Random, made with the vault: tells homes apart, stays over changes of keys, and says nothing of either."""
+        with self._reading, _named(self.path):
+            return str(self._reader.execute("SELECT value FROM facts WHERE name = 'identity'").fetchone()[0])
+
     def epochs(self) -> Epochs:
         """Which keys are valid now."""
         with self._reading, _named(self.path):
@@ -355,6 +361,8 @@ class SqliteVault:
                 "CREATE TABLE IF NOT EXISTS epochs (epoch INTEGER PRIMARY KEY, role TEXT NOT NULL UNIQUE);"
                 "CREATE TABLE IF NOT EXISTS erasures (place INTEGER PRIMARY KEY, ticket TEXT NOT NULL UNIQUE,"
                 " asked_ms INTEGER NOT NULL, pseudonyms TEXT NOT NULL);"
+                "CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;"
+                "INSERT OR IGNORE INTO facts VALUES ('identity', lower(hex(randomblob(8))));"
                 f"PRAGMA user_version={_SCHEMA_VERSION}; COMMIT;"
             )
 

@@ -362,6 +362,7 @@ def test_a_rotation_keeps_everybodys_history_and_ends_with_the_old_key_and_every
         "key.destroyed",
     ]
     home.replicate()
+    assert prepare(Request("simulator", simulation=SHOP), home.path, home.progress).reused
     erasure = home.vault.forget(PERSON)  # and who is forgotten after it is found everywhere
     assert erasure is not None
     assert erasure.pseudonyms == [second]

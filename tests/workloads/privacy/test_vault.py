@@ -263,3 +263,14 @@ def test_no_fault_names_a_person(path: Path, vault: SqliteVault):
 def test_a_salt_of_another_length_is_refused():
     with pytest.raises(ValueError, match="16 bytes"):
         PseudonymKey(1, bytes(32)).pseudonym("ada", b"short")
+
+
+def test_a_homes_identity_is_its_own_and_outlives_its_keys(tmp_path: Path, vault: SqliteVault):
+    other = SqliteVault(tmp_path / "other" / "vault.sqlite", create=True)
+    mine = vault.identity
+    assert mine != other.identity
+    vault.begin()
+    vault.switch()
+    vault.retire()
+    assert vault.identity == mine
+    other.close()
