@@ -42,6 +42,18 @@ KEY_FOLDER: Final = "key"
 _BUSY_S: Final = 10.0
 _NOT_LONG_S: Final = 0.5
 _SCHEMA_VERSION: Final = 2
+_SCHEMA: Final = """
+BEGIN IMMEDIATE;
+CREATE TABLE IF NOT EXISTS people (user TEXT PRIMARY KEY, salt BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS epochs (epoch INTEGER PRIMARY KEY, role TEXT NOT NULL UNIQUE);
+CREATE TABLE IF NOT EXISTS erasures (
+  place INTEGER PRIMARY KEY, ticket TEXT NOT NULL UNIQUE, asked_ms INTEGER NOT NULL, pseudonyms TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+INSERT OR IGNORE INTO facts VALUES ('identity', lower(hex(randomblob(8))));
+PRAGMA user_version=2;
+COMMIT;
+"""
 
 
 class VaultError(Exception):
@@ -355,16 +367,7 @@ class SqliteVault:
         if version > _SCHEMA_VERSION:
             raise VaultError(f"{self.path}: has schema {version}", "use the release that wrote it")
         if version < _SCHEMA_VERSION:
-            self._writer.executescript(
-                "BEGIN IMMEDIATE;"
-                "CREATE TABLE IF NOT EXISTS people (user TEXT PRIMARY KEY, salt BLOB NOT NULL) WITHOUT ROWID;"
-                "CREATE TABLE IF NOT EXISTS epochs (epoch INTEGER PRIMARY KEY, role TEXT NOT NULL UNIQUE);"
-                "CREATE TABLE IF NOT EXISTS erasures (place INTEGER PRIMARY KEY, ticket TEXT NOT NULL UNIQUE,"
-                " asked_ms INTEGER NOT NULL, pseudonyms TEXT NOT NULL);"
-                "CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;"
-                "INSERT OR IGNORE INTO facts VALUES ('identity', lower(hex(randomblob(8))));"
-                f"PRAGMA user_version={_SCHEMA_VERSION}; COMMIT;"
-            )
+            self._writer.executescript(_SCHEMA)
 
     def _roles(self, connection: sqlite3.Connection | None = None) -> Mapping[str, int]:
         rows = (connection or self._writer).execute("SELECT role, epoch FROM epochs")
