@@ -49,7 +49,7 @@ from workloads.contract.http import (
 from workloads.contract.sites import SITES, SiteName
 from workloads.contract.slo import DEADLINE_MS, Endpoint
 from workloads.gateway import openapi, problems
-from workloads.gateway.doors import Intake, IntakeFault, Ranker, Retrieval
+from workloads.gateway.doors import Intake, IntakeBusy, IntakeFault, Ranker, Retrieval
 from workloads.gateway.editions import Editions, Serving
 from workloads.gateway.identity import Edge, Forgetting
 from workloads.gateway.people import People
@@ -282,8 +282,10 @@ class Gateway:
         own_ms = timer.spent_ms()
         try:
             answer = await self._intake.append(events, max(timer.left_ms(), 0.0) / 1000.0)
+        except IntakeBusy as busy:
+            raise problems.slow_down(str(busy), busy.retry_after_s) from None
         except IntakeFault as fault:
-            raise problems.not_acknowledged(str(fault)) from None
+            raise problems.not_acknowledged(str(fault), fault.retry_after_s) from None
         total = timer.spent_ms()
         self._metrics.stage(name, "intake", total - own_ms)
         self._metrics.stage(name, "own", own_ms)

@@ -36,6 +36,7 @@ from workloads.gateway.neighbour import Late, Neighbour, Reply, Unreachable
 Sparse = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
+RETRY_AFTER_MAX_S: Final = 300
 STATE_TIMEOUT_S: Final = 0.25
 """How long a neighbour may take to say that it is ready."""
 
@@ -83,6 +84,15 @@ class Retrieval(Protocol):
 
 class IntakeFault(Exception):  # noqa: N818 - as BundleFault
     """Events are not known to be on disk. The message is for the client; it holds no data of a request."""
+
+    def __init__(self, why: str, retry_after_s: int = 1) -> None:
+        super().__init__(why)
+        self.retry_after_s = retry_after_s
+        """What the intake asked for, or a moment."""
+
+
+class IntakeBusy(IntakeFault):
+    """The intake takes no more now, so that its queue and its disk keep room: senders are to slow down."""
 
 
 class Intake(Protocol):
@@ -234,7 +244,11 @@ class HttpIntake:
         except Late:
             raise IntakeFault(f"the intake gave no answer in {timeout_s * 1000:.0f} ms") from None
         if reply.status != 200:
-            raise IntakeFault(f"the intake answered {reply.status}")
+            after = reply.headers.get(b"retry-after", b"")
+            retry_after_s = min(int(after), RETRY_AFTER_MAX_S) if after.isdigit() else 1
+            if reply.status == 429:
+                raise IntakeBusy("the intake takes no more events for now", retry_after_s)
+            raise IntakeFault(f"the intake answered {reply.status}", retry_after_s)
         try:
             return self._decode(reply.body)
         except _UNREADABLE:

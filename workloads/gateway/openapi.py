@@ -57,6 +57,7 @@ _PROBLEMS: Final[Mapping[int, str]] = {
     413: f"The body is larger than {BODY_MAX_BYTES} bytes",
     415: "The body is not declared as JSON",
     422: "A field breaks its rule",
+    429: "No room for more events now, none of these was stored; Retry-After says when to send them again",
     503: "Too many requests at once, or events that are not acknowledged; Retry-After says when to try again",
 }
 

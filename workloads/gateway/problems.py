@@ -303,6 +303,18 @@ def not_acknowledged(why: str, retry_after_s: int = 1) -> Refused:
     )
 
 
+def slow_down(why: str, retry_after_s: int) -> Refused:
+    """429: home has no room for more events now; none of these was stored."""
+    return refused(
+        429,
+        "slow-down",
+        "Too many events for now",
+        why,
+        remedy=f"send the same events again after {retry_after_s} s",
+        headers=((b"retry-after", str(retry_after_s).encode("ascii")),),
+    )
+
+
 def not_forgotten(retry_after_s: int = 1) -> Refused:
     """503: it is not known to be on disk that a person is to be forgotten; asking again is safe."""
     return refused(

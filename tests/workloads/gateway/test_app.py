@@ -16,7 +16,15 @@ from workloads.bundle.store import Bundle
 from workloads.contract.http import CatalogueSample, EventsAnswer, Problem, Readiness
 from workloads.data.profiles import MemoryProfiles
 from workloads.gateway.app import EVENTS_WAIT_MS, Gateway
-from workloads.gateway.doors import DoorFault, FakeIntake, FakeNeighbour, FakeRanker, FakeRetrieval, IntakeFault
+from workloads.gateway.doors import (
+    DoorFault,
+    FakeIntake,
+    FakeNeighbour,
+    FakeRanker,
+    FakeRetrieval,
+    IntakeBusy,
+    IntakeFault,
+)
 from workloads.gateway.ladder import Reason
 from workloads.gateway.timing import FakeClock
 from workloads.privacy.vault import MemoryVault
@@ -100,6 +108,14 @@ async def test_events_without_intake_are_not_acknowledged_and_may_be_sent_again(
     problem = msgspec.json.decode(answer.content, type=Problem)
     assert problem.type == "/problems/not-acknowledged"
     assert "again" in (problem.remedy or "")
+
+
+async def test_a_client_is_told_to_slow_down_when_the_intake_has_no_room(client: httpx.AsyncClient, intake: FakeIntake):
+    intake.fault = IntakeBusy("the intake takes no more events for now", 30)
+    answer = await client.post("/v1/events", json={"events": [event()]})
+    assert answer.status_code == 429
+    assert answer.headers["retry-after"] == "30"
+    assert not intake.kept
 
 
 async def test_a_slow_disk_is_waited_for_unless_the_client_sets_a_deadline(

@@ -12,7 +12,7 @@ from workloads.contract.events import Event, EventType
 from workloads.contract.http import CandidatesAnswer, CandidatesQuery, EventsAnswer, EventsRequest
 from workloads.contract.tensors import RANKER, RANKER_DENSE, RANKER_SPARSE
 from workloads.gateway import doors
-from workloads.gateway.doors import DoorFault, HttpIntake, HttpRetrieval, IntakeFault, TritonRanker
+from workloads.gateway.doors import DoorFault, HttpIntake, HttpRetrieval, IntakeBusy, IntakeFault, TritonRanker
 from workloads.gateway.ladder import Reason
 from workloads.gateway.neighbour import Late, Neighbour, Reply, Unreachable
 
@@ -170,6 +170,14 @@ async def test_nothing_but_intakes_own_word_is_an_acknowledgement(wire: Wire, re
     wire.reply = reply
     with pytest.raises(IntakeFault):
         await HttpIntake("http://127.0.0.1:8082").append([EVENT], 1.0)
+
+
+async def test_an_intake_without_room_says_when_to_come_back(wire: Wire):
+    for told, meant in ((b"30", 30), (b"", 1), (b"soon", 1), (b"99999999", 300)):
+        wire.reply = Reply(429, {b"retry-after": told}, b"{}")
+        with pytest.raises(IntakeBusy) as busy:
+            await HttpIntake("http://127.0.0.1:8082").append([EVENT], 1.0)
+        assert busy.value.retry_after_s == meant
 
 
 async def test_a_neighbour_is_up_when_it_says_so_and_else_tells_why(wire: Wire):
