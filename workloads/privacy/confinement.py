@@ -39,7 +39,9 @@ _SCOPES: Final = 0b11  # LANDLOCK_SCOPE_ABSTRACT_UNIX_SOCKET | LANDLOCK_SCOPE_SI
 _SYSTEM: Final = (
     "/usr", "/lib", "/lib64", "/lib32", "/bin", "/sbin",
     "/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/localtime", "/etc/nsswitch.conf", "/etc/passwd",
-    "/etc/group", "/etc/mime.types", "/proc", "/sys/devices/system", "/sys/fs/cgroup",
+    "/etc/group", "/etc/mime.types", "/sys/devices/system", "/sys/fs/cgroup",
+    # Not /proc: the environments of other processes of this user lie there, credentials in them.
+    "/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/proc/version", "/proc/filesystems", "/proc/loadavg", "/proc/sys",
 )  # fmt: skip
 _DEVICES: Final = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
@@ -91,7 +93,7 @@ def confine(home: Path) -> Confinement:
     home = home.resolve()
     scratch = home / SCRATCH
     scratch.mkdir(parents=True, exist_ok=True)
-    readable = [Path(name) for name in (*_SYSTEM, *_libraries())]
+    readable = [Path(name) for name in (*_SYSTEM, f"/proc/{os.getpid()}", *_libraries())]
     for folder in readable:
         if folder.exists() and home.is_relative_to(folder.resolve()):
             raise ConfinementError(f"{home} lies in {folder}, all of which may be read", "choose a home elsewhere")

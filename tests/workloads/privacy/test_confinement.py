@@ -102,6 +102,8 @@ found["move"] = outcome(lambda: os.rename(lake, home / "moved"))
 found["listing"] = outcome(lambda: os.listdir(private))
 found["parent's root"] = outcome(lambda: open(f"/proc/{os.getppid()}/root{lake}"))
 found["parent's environment"] = outcome(lambda: open(f"/proc/{os.getppid()}/environ").read())
+found["parent's memory map"] = outcome(lambda: open(f"/proc/{os.getppid()}/maps").read())
+found["parent's files"] = outcome(lambda: os.listdir(f"/proc/{os.getppid()}/fd"))
 found["held"] = outcome(lambda: os.read(held, 1))
 found["elsewhere"] = outcome(lambda: open(home.parent / "new", "w"))
 """,
