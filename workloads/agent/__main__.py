@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -43,6 +44,8 @@ from workloads.telemetry.service import CannotStartError, Service, run
 
 BAD_INPUT = 2
 WAIT_S = 60.0
+NICENESS = 10
+"""Whoever answers requests goes before an agent that verifies a bundle on the same cores."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -101,6 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "run":
         if (options.channel is None) != (options.models_bucket is None):
             parser.error("--channel and --models-bucket go together")
+        os.nice(NICENESS)
         return run("agent", options.site, options.listen, lambda: _build(options))
     if options.command == "install":
         return _job(lambda progress: _install(options, progress))

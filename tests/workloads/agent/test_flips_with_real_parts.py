@@ -141,6 +141,11 @@ def test_flips_and_a_rollback_under_load_fail_nothing_and_mix_nothing(site: Real
         "p50_flip_ms": quantile(during, 0.5),
         "p99_flip_ms": quantile(during, 0.99),
         "max_flip_ms": max(during),
+        "below_best_after_s": sorted(
+            round(one.at_s - max((begun for begun, _ in flips if begun <= one.at_s), default=0.0), 1)
+            for one in answers
+            if one.reason is not None
+        ),
         "below_best": dict(Counter(one.reason for one in answers if one.reason is not None)),
         "pss_before_mb": before_mb,
         "pss_after_mb": site.pss_mb(),
