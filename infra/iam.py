@@ -23,8 +23,10 @@ Statement = dict[str, object]
 class Role(enum.StrEnum):
     """A workload's role; the value is the common name of the certificate that may take it."""
 
+    REPLICATOR = "replicator"
     TRAINER = "trainer"
     PUBLISHER = "publisher"
+    CLEANER = "cleaner"
     READER = "reader"
     AGENT = "agent"
     AUTOSCALER = "autoscaler"
@@ -141,11 +143,32 @@ def _write(scope: Scope, data: DataClass, path: str) -> Statement:
     return allow(f"Write{data.value.title()}", actions, [scope.bucket_arn(scope.bucket(data), path)])
 
 
+def _remove(scope: Scope, data: DataClass, path: str) -> list[Statement]:
+    bucket = scope.bucket(data)
+    return [
+        allow(f"ListVersions{data.value.title()}", ["s3:ListBucketVersions"], [scope.bucket_arn(bucket)]),
+        allow(
+            f"Remove{data.value.title()}",
+            ["s3:DeleteObject", "s3:DeleteObjectVersion"],
+            [scope.bucket_arn(bucket, path)],
+        ),
+    ]
+
+
 def workload(role: Role, scope: Scope, region: str, *, groups: Sequence[tuple[str, str]], queues: Sequence[str]) -> str:
     """What a workload may do. `groups` are (region, Auto Scaling group name), `queues` are ARNs."""
     group_arns = [scope.group_arn(r, name) for r, name in groups]
     find_buckets = allow("FindBuckets", ["ssm:GetParameter"], [scope.parameter_arn(region, "buckets")])
     match role:
+        case Role.REPLICATOR:
+            # Home's: brings replicas, reads them back, and takes out what an erasure or a rotation made anew.
+            statements = [
+                *_read(scope, DataClass.DATA, "/replica/*"),
+                _write(scope, DataClass.DATA, "/replica/*"),
+                *_remove(scope, DataClass.DATA, "/replica/*"),
+                _use_key(scope, region, ["data"], _WRITE_KEY),
+                find_buckets,
+            ]
         case Role.TRAINER:
             # Reads what was replicated, writes candidates; what is published it can only read.
             statements = [
@@ -162,6 +185,20 @@ def workload(role: Role, scope: Scope, region: str, *, groups: Sequence[tuple[st
                 *_read(scope, DataClass.DATA, "/candidates/*"),
                 _write(scope, DataClass.MODELS, "/*"),
                 _use_key(scope, region, ["data", "models"], _WRITE_KEY),
+                find_buckets,
+            ]
+        case Role.CLEANER:
+            # Removes what no channel needs; what Object Lock holds it can ask about and not remove.
+            bucket = scope.bucket(DataClass.MODELS)
+            statements = [
+                *_read(scope, DataClass.MODELS),
+                *_remove(scope, DataClass.MODELS, "/*"),
+                allow(
+                    "SeeLocks",
+                    ["s3:GetObjectLegalHold", "s3:GetObjectRetention"],
+                    [scope.bucket_arn(bucket, "/*")],
+                ),
+                _use_key(scope, region, ["models"], _READ_KEY),
                 find_buckets,
             ]
         case Role.READER | Role.AGENT:

@@ -485,18 +485,23 @@ def test_every_workload_role_is_bound_to_its_certificates_name(recorded: Record)
         assert ":home-ca" in statement["Condition"]["ArnEquals"]["aws:SourceArn"].replace("rankbridge-prod-", "")
 
 
-def test_only_the_publisher_writes_models_and_nobody_deletes_them(recorded: Record):
+def test_one_role_writes_models_another_removes_them_and_only_home_touches_its_replicas(recorded: Record):
     run = recorded("foundation-prod")
-    writers, deleters = set(), set()
+    models, replicas = (
+        "arn:aws:s3:::rankbridge-prod-111122223333-models/",
+        ("arn:aws:s3:::rankbridge-prod-111122223333-data/replica/"),
+    )
+    may: dict[tuple[str, str], set[str]] = {}
     for policy in run.of("aws:iam/rolePolicy:RolePolicy"):
         for statement in json.loads(policy.inputs["policy"])["Statement"]:
-            touches = any(
-                r.startswith("arn:aws:s3:::rankbridge-prod-111122223333-models/") for r in statement["Resource"]
-            )
-            writers |= {policy.name} if touches and "s3:PutObject" in statement["Action"] else set()
-            deleters |= {policy.name} if any(a.startswith("s3:Delete") for a in statement["Action"]) else set()
-    assert writers == {"publisher"}
-    assert deleters == set()
+            for action in statement["Action"]:
+                for place in (models, replicas):
+                    if any(resource.startswith(place) for resource in statement["Resource"]):
+                        may.setdefault((place, action), set()).add(policy.name)
+    assert may[models, "s3:PutObject"] == {"publisher"}
+    assert may[models, "s3:DeleteObject"] == may[models, "s3:DeleteObjectVersion"] == {"cleaner"}
+    assert may[replicas, "s3:PutObject"] == may[replicas, "s3:DeleteObject"] == {"replicator"}
+    assert not [action for _, action in may if action == "s3:BypassGovernanceRetention"]
 
 
 # Outputs
