@@ -27,6 +27,8 @@ COMMANDS = (
     "load",
     "report",
     "bench",
+    "forget",
+    "erase",
     "version",
 )
 

@@ -111,6 +111,19 @@ class Ingested:
     commits: int = 0
 
 
+class _Described(msgspec.Struct, frozen=True):
+    """What the lake must know of a `dataset.json`."""
+
+    input_digest: str | None = None
+
+
+def _input_of(description: Path) -> str | None:
+    try:
+        return msgspec.json.decode(description.read_bytes(), type=_Described).input_digest
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
 @dataclass(frozen=True)
 class Loaded:
     """What one `load` did; `events` is what the origin has in the lake."""
@@ -448,8 +461,9 @@ class Lake:
     def load(self, dataset: Path, *, origin: str | None = None, progress: Progress | None = None) -> Loaded:
         """Load a prepared data set (a folder with events.parquet, items.parquet and dataset.json) as one origin.
 
-        All of it or nothing; a second time changes nothing. `origin` is the folder's name unless given. Raises
-        LakeError when it is no data set, or another of that name was loaded.
+        All of it or nothing; a second time changes nothing, and neither does a data set that was made anew of the same
+        input without people who were erased since: the lake has forgotten them by itself. `origin` is the folder's name
+        unless given. Raises LakeError when it is no data set, or another of that name was loaded.
         """
         name = origin if origin is not None else dataset.resolve().name
         if re.fullmatch(ORIGIN_PATTERN, name) is None or name == INTAKE:
@@ -459,6 +473,8 @@ class Lake:
             raise LakeError(f"{dataset}: has no {', '.join(missing)}", "give the folder of a prepared data set")
         digest = _file_digest(source)
         with self._writing() as table:
+            if origin is None and (earlier := self._of_same_input(table, dataset / _DATASET)) is not None:
+                return earlier
             known = table.properties.get(f"{_ORIGIN}{name}")
             if known is not None:
                 there = msgspec.json.decode(known, type=_Origin)
@@ -469,6 +485,16 @@ class Lake:
                 return self._load(table, dataset, name, digest, progress)
             except pa.ArrowException as error:
                 raise LakeError(f"{source}: cannot be read as events: {error}", "prepare the data set again") from error
+
+    def _of_same_input(self, table: Table, description: Path) -> Loaded | None:
+        """The origin that was loaded from the same input, whatever its data set is called now."""
+        made_of = _input_of(description)
+        for key, value in table.properties.items():
+            name = key.removeprefix(_ORIGIN)
+            if key != name and made_of is not None and _input_of(self.path / "origins" / name / _DATASET) == made_of:
+                there = msgspec.json.decode(value, type=_Origin)
+                return Loaded(name, there.events, there.duplicates, reused=True)
+        return None
 
     def _load(self, table: Table, dataset: Path, name: str, digest: str, progress: Progress | None) -> Loaded:
         table = _evolved(table, wanted(table.schema(), {}))

@@ -255,6 +255,20 @@ def test_a_lake_that_is_not_there_is_not_made_by_a_reader(tmp_path: Path):
     assert not (tmp_path / "lake").exists()
 
 
+def test_a_data_set_that_somebody_was_erased_from_is_not_loaded_a_second_time(tmp_path: Path, lake: Lake, shop: Shop):
+    made_of = '{"name": "shop", "input_digest": "ab12"}'
+    first, without_one = shop.dataset(tmp_path / "shop-1", range(50)), shop.dataset(tmp_path / "shop-2", range(40))
+    other = shop.dataset(tmp_path / "shop-3", range(30))
+    for folder in (first, without_one):
+        (folder / "dataset.json").write_text(made_of)
+    (other / "dataset.json").write_text(made_of.replace("ab12", "cd34"))
+    lake.load(first)
+    again = lake.load(without_one)
+    assert (again.origin, again.events, again.reused) == ("shop-1", 50, True)
+    assert lake.load(other).origin == "shop-3"
+    assert lake.origins() == {"shop-1": 50, "shop-3": 30}
+
+
 def test_a_data_set_is_loaded_once_with_its_catalogue(tmp_path: Path, lake: Lake, shop: Shop):
     folder = shop.dataset(tmp_path / "shop-1", range(50))
     done = lake.load(folder)
