@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import os
 import signal
 import sys
@@ -44,6 +45,7 @@ from workloads.telemetry.service import CannotStartError, Service, run
 
 BAD_INPUT = 2
 WAIT_S = 60.0
+LOCK_FILE = "agent.lock"
 NICENESS = 10
 """Whoever answers requests goes before an agent that verifies a bundle on the same cores."""
 
@@ -126,8 +128,25 @@ def _bring(options: argparse.Namespace) -> Installation:
         ) from error
 
 
+def _alone(root: Path) -> None:
+    """Be the one agent of this site; the kernel gives the lock back when the process ends. Raises CannotStartError."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(root / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise CannotStartError(f"cannot write {root}: {error}", "give a --site-dir that can be written") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise CannotStartError(
+            f"another agent runs at {root}", "stop it first: one agent writes a site's editions"
+        ) from None
+
+
 def _build(options: argparse.Namespace) -> Service:
     """Raises CannotStartError."""
+    _alone(options.site_dir)
     releases: Releases
     if options.channel is None:
         _bring(options)

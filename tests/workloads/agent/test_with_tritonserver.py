@@ -241,6 +241,15 @@ def test_a_tritonserver_that_is_told_to_stop_stops_long_before_its_own_default(m
     assert time.monotonic() - begun < 15  # its own default waits 30 s
 
 
+def test_a_site_has_one_agent(made: Path, server: Server) -> None:
+    listen = f"127.0.0.1:{_free_port()}"
+    with _agent(made, server, listen):
+        _eventually(lambda: _status(f"http://{listen}/readyz") == 200, "the agent is ready")
+        with _agent(made, server, f"127.0.0.1:{_free_port()}") as second:
+            assert second.wait(PATIENCE_S) == 2
+    assert "another agent runs at" in (server.directory / "agent.log").read_text()
+
+
 def test_an_agent_with_a_bad_bundle_does_not_start(tmp_path: Path, server: Server) -> None:
     with _agent(tmp_path / "nothing", server, f"127.0.0.1:{_free_port()}") as agent:
         assert agent.wait(PATIENCE_S) == 2

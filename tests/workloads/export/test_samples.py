@@ -1,8 +1,11 @@
 """Inputs for parity are real ones: nothing from the future, somebody unknown among them, the same each time."""
 
+from pathlib import Path
+
 import numpy as np
 import polars as pl
 
+from workloads.bundle.probes import ROWS, open_probes
 from workloads.contract.tensors import HISTORY_LENGTH, RANKER_DENSE, RANKER_SPARSE, USER_TOWER
 from workloads.data.dataset import Dataset
 from workloads.export import samples
@@ -48,3 +51,22 @@ def test_ranked_lists_have_the_features_of_the_contract(training, dataset: Datas
         assert one.sparse.shape[1] == len(RANKER_SPARSE)
         assert one.dense.shape[1] == len(RANKER_DENSE)
         assert len(one.sparse) == len(one.dense) > 50
+
+
+def test_recorded_requests_are_spread_over_the_lists_and_answered_by_the_model(tmp_path: Path) -> None:
+    lists = [
+        samples.RankedList(
+            np.full((400, len(RANKER_SPARSE)), number, np.int64), np.zeros((400, len(RANKER_DENSE)), np.float32)
+        )
+        for number in range(3)
+    ]
+    samples.record(lists, lambda inputs: inputs["sparse"][:, :1].astype(np.float32) / 2, tmp_path / "p.safetensors")
+    probes = open_probes(tmp_path / "p.safetensors")
+    assert len(probes) == ROWS
+    assert np.bincount(probes.inputs["sparse"][:, 0]).min() > ROWS / 3 - 2
+    np.testing.assert_array_equal(probes.probability[:, 0], probes.inputs["sparse"][:, 0] / 2)
+
+
+def test_without_a_single_list_something_is_recorded_still(tmp_path: Path) -> None:
+    samples.record([], lambda inputs: np.full((len(inputs["sparse"]), 1), 0.5, np.float32), tmp_path / "p.safetensors")
+    assert len(open_probes(tmp_path / "p.safetensors")) == 1
