@@ -166,6 +166,12 @@ def workload(role: Role, scope: Scope, region: str, *, groups: Sequence[tuple[st
                 *_read(scope, DataClass.DATA, "/replica/*"),
                 _write(scope, DataClass.DATA, "/replica/*"),
                 *_remove(scope, DataClass.DATA, "/replica/*"),
+                # A push that was killed asks which of its uploads the store has begun.
+                allow(
+                    "SeeUploads",
+                    ["s3:ListBucketMultipartUploads"],
+                    [scope.bucket_arn(scope.bucket(DataClass.DATA))],
+                ),
                 _use_key(scope, region, ["data"], _WRITE_KEY),
                 find_buckets,
             ]
