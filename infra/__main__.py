@@ -7,13 +7,20 @@ import pulumi
 
 def main() -> None:
     """Declare the current stack's layer; raise ValueError for a name that belongs to none."""
-    layer = pulumi.get_stack().partition("-")[0]
-    if layer != "foundation":
-        raise ValueError(f"stack {pulumi.get_stack()}: must be named foundation-<environment>")
-    # Only now: a wrong name costs no import of the providers' SDKs.
-    from infra import foundation  # noqa: PLC0415
+    # Only the layer's own imports: a wrong name, and the other layer's SDK, cost nothing.
+    match pulumi.get_stack().partition("-")[0]:
+        case "foundation":
+            from infra import foundation  # noqa: PLC0415
 
-    foundation.declare()
+            foundation.declare()
+        case "apps":
+            from infra import apps  # noqa: PLC0415
+
+            apps.declare()
+        case _:
+            raise ValueError(
+                f"stack {pulumi.get_stack()}: must be named foundation-<environment> or apps-<environment>"
+            )
 
 
 main()

@@ -98,13 +98,19 @@ class Recording:
 
 
 def record(
-    stack: str, values: Mapping[str, str], secrets: Sequence[str] | frozenset[str], *, preview: bool = False
+    stack: str,
+    values: Mapping[str, str],
+    secrets: Sequence[str] | frozenset[str],
+    *,
+    preview: bool = False,
+    references: Mapping[str, Recording] | None = None,
 ) -> Recording:
     """Run the program for `stack` with raw configuration values; `secrets` names those that are encrypted.
 
-    Whatever the program raises is raised.
+    `references` are what other stacks, by their full names, were recorded to export. Whatever the program raises is
+    raised; LookupError for a stack that it reads and that is not among them.
     """
-    monitor = _Monitor(preview=preview)
+    monitor = _Monitor(preview=preview, references=references or {})
     started = time.process_time()
     outputs: dict[str, Any] = {}
     hidden: set[str] = set()
@@ -168,10 +174,30 @@ class _NoMocks(mocks.Mocks):
 class _Monitor(mocks.MockMonitor):
     """Writes down each registration and answers with made-up outputs."""
 
-    def __init__(self, *, preview: bool) -> None:
+    def __init__(self, *, preview: bool, references: Mapping[str, Recording]) -> None:
         super().__init__(_NoMocks())
         self.preview = preview
+        self.references = references
         self.recorded: list[Recorded] = []
+
+    def ReadResource(self, request: Any) -> Any:  # noqa: N802, ANN401 -- the protocol's name and types
+        """A stack's outputs, as the engine answers for a StackReference; nothing else is read."""
+        if request.type != "pulumi:pulumi:StackReference":
+            raise AssertionError(f"the program reads what it does not declare: {request.type} {request.id}")
+        if request.id not in self.references:
+            raise LookupError(f"the program reads the stack {request.id}, which was not recorded")
+        of = self.references[request.id]
+        properties = struct_pb2.Struct()
+        properties.update(
+            {
+                "name": request.id,
+                "outputs": {name: _to_wire(value, name in of.secret_outputs) for name, value in of.outputs.items()},
+                "secretOutputNames": sorted(of.secret_outputs),
+            }
+        )
+        urn = self.make_urn(request.parent, request.type, request.name)
+        self.resources[urn] = mocks.MockMonitor.ResourceRegistration(urn, request.id, {})
+        return resource_pb2.ReadResourceResponse(urn=urn, properties=properties)
 
     def RegisterResource(self, request: Any) -> Any:  # noqa: N802, ANN401 -- the protocol's name and types
         urn = self.make_urn(request.parent, request.type, request.name)
@@ -217,6 +243,18 @@ def _from_wire(value: Any) -> Any:  # noqa: ANN401 -- as untyped as the wire
         return Marker.UNKNOWN
     if isinstance(value, float) and value.is_integer():
         return int(value)
+    return value
+
+
+def _to_wire(value: Any, secret: bool) -> Any:  # noqa: ANN401, FBT001 -- as untyped as the wire
+    if value is Marker.UNKNOWN:
+        return _UNKNOWN
+    if secret:
+        return {_SIGNATURE: _SECRET_SIGNATURE, "value": _to_wire(value, secret=False)}
+    if isinstance(value, Mapping):
+        return {k: _to_wire(v, secret=False) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_wire(v, secret=False) for v in value]
     return value
 
 
