@@ -209,13 +209,12 @@ class Deployment:
             await self._prepare(target)
             self._alone(target.edition, None, target)
             return True
+        target = None if target is None else self._as_far_as_it_goes(editions, target)
         if len(editions.load) > 1:
             return await self._turn(editions, wanted, target)
         if target is None or target.edition == editions.serve:
-            self._check_fork(editions, target)
-            return await self._settle(self.editions or editions)
-        self._check_fork(editions, target)
-        editions = self.editions or editions
+            return await self._settle(editions)
+        editions = self._make_way(editions, target)
         await self._prepare(target)
         self._write(editions, load=[editions.serve, target.edition])
         self._reached("announced")
@@ -290,24 +289,34 @@ class Deployment:
                 raise Refusal("chain", f"{path.name} {stands}")
             before = identity
 
-    def _check_fork(self, editions: SiteEditions, target: Wanted | None) -> None:
-        """A site holds one delta of each number: another one in its place is refused while it is served."""
-        if target is None or not target.deltas or target.held:
-            return
+    def _as_far_as_it_goes(self, editions: SiteEditions, target: Wanted) -> Wanted:
+        """`target`, or the part of it that fits what is loaded.
+
+        An edition is named by how many deltas it has: before a site can go to another delta of a number that is
+        loaded, everybody must have left that one. What both chains stand on comes between.
+        """
+        if target.held:
+            return target  # by what is on disk, so that it fits
         there = self._site.installed_deltas(target.bundle)
-        served = max((one.delta for one in editions.load if one.bundle == target.bundle), default=0)
-        for number, delta in enumerate(target.deltas, start=1):
-            if there.get(number, delta) == delta:
+        loaded = max((one.delta for one in editions.load if one.bundle == target.bundle), default=0)
+        for number, delta in enumerate(target.deltas[:loaded], start=1):
+            if there.get(number, delta) != delta:
+                return dataclasses.replace(target, deltas=target.deltas[: number - 1])
+        return target
+
+    def _make_way(self, editions: SiteEditions, target: Wanted) -> SiteEditions:
+        """Remove deltas, none of them loaded, in whose place `target` has others; what is now written."""
+        if target.held:
+            return editions
+        for number, delta in self._site.installed_deltas(target.bundle).items():
+            if number > len(target.deltas) or target.deltas[number - 1] == delta:
                 continue
-            if number <= served:
-                raise Refusal(
-                    "chain",
-                    f"delta {number} of {target.bundle[: m.SHORT]} is {there[number][: m.SHORT]} here, and the release "
-                    f"has {delta[: m.SHORT]}: promote the bundle with {number - 1} deltas first",
-                )
-            if editions.previous is not None and editions.previous.bundle == target.bundle:
+            previous = editions.previous
+            if previous is not None and previous.bundle == target.bundle and previous.delta >= number:
                 self._write(editions, previous=None)
-            retention.remove_delta(self._site, target.bundle, number, there[number])
+                editions = self.editions or editions
+            retention.remove_delta(self._site, target.bundle, number, delta)
+        return editions
 
     def _recorded(self, bundle: str) -> Recorded:
         """Raises BundleFault."""

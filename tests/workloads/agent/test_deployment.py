@@ -343,20 +343,41 @@ async def test_a_delta_that_does_not_stand_on_the_one_before_is_refused(
     assert "does not stand on delta 1" in str(world.deployment.detail()["refused"])
 
 
-async def test_another_delta_of_a_number_is_taken_only_once_the_first_is_not_served_any_more(
+async def test_another_delta_of_a_number_is_gone_to_by_way_of_what_both_stand_on(
     world: World, made: Path, tmp_path: Path
 ) -> None:
-    one, another = _delta(tmp_path / "deltas", made), _delta(tmp_path / "fork", made, item="other")
+    first = _delta(tmp_path / "deltas", made)
+    one, another = (_delta(tmp_path / name, made, first, item=name) for name in ("one", "another"))
+    _offer(world, made, first, one)
+    await world.run()
+    _offer(world, made, first, another)
+    await world.run()
+    assert [edition.delta for edition in world.served] == [2, 1, 2]
+    assert world.site.installed_deltas(made.name) == {1: _id(first), 2: _id(another)}
+    assert world.deployment.detail()["refused"] == {}
+    editions = read_editions(world.site.editions)
+    assert editions is not None
+    assert (editions.load, editions.previous) == (
+        [Edition(bundle=made.name, delta=2)],
+        Edition(bundle=made.name, delta=1),
+    )
+
+
+async def test_a_delta_that_was_taken_back_is_not_served_again_for_another_of_its_number(
+    world: World, made: Path, tmp_path: Path
+) -> None:
+    one, another = (_delta(tmp_path / name, made, item=name) for name in ("one", "another"))
     _offer(world, made, one)
     await world.run()
+    world.neighbours.draining = 1  # the way back is not finished when the channel moves on
+    _offer(world, made)
+    await world.run()
     _offer(world, made, another)
     await world.run()
-    assert "promote the bundle with 0 deltas first" in str(world.deployment.detail()["refused"])
-    assert world.site.installed_deltas(made.name) == {1: _id(one)}
-    await _served(world, made)
-    _offer(world, made, another)
+    assert [edition.delta for edition in world.served] == [1, 0]
+    world.neighbours.draining = 0
     await world.run()
-    assert world.neighbours.serves == [Edition(bundle=made.name, delta=1)]
+    assert [edition.delta for edition in world.served] == [1, 0, 1]
     assert world.site.installed_deltas(made.name) == {1: _id(another)}
 
 
