@@ -127,10 +127,10 @@ class Handler:
             self._take(self._offered.get(), now)
         self._metrics.active.set(len(self._work))
         try:
-            nodes: Mapping[str, Node] | None = ours(self._cluster.nodes(), site=self._site, region=self._region)
+            nodes: Mapping[str, Node] | ClusterFault = ours(self._cluster.nodes(), site=self._site, region=self._region)
             fault = ""
         except ClusterFault as error:
-            nodes, fault = None, str(error)
+            nodes, fault = error, str(error)
         for work in list(self._work.values()):
             self._hold(work, now)
             if not work.outcome:
@@ -170,10 +170,10 @@ class Handler:
             "notice", kind=notice.kind.label, instance=notice.instance, seconds_left=round(work.deadline - now, 1)
         )
 
-    def _empty(self, work: _Work, nodes: Mapping[str, Node] | None, now: float) -> str:
+    def _empty(self, work: _Work, nodes: Mapping[str, Node] | ClusterFault, now: float) -> str:
         """One step with the node; the outcome when there is nothing more to do. Raises ClusterFault."""
-        if nodes is None:
-            raise ClusterFault("nodes cannot be listed")
+        if isinstance(nodes, ClusterFault):
+            raise nodes
         node = nodes.get(work.instance)
         if node is None:
             return "unknown"
