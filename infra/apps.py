@@ -23,6 +23,8 @@ from infra.apps_config import AppsConfig, Cluster, Crds, Role, SiteSettings
 from infra.edges import JOBS, PLATFORM, SERVING, Party, Place, World
 from infra.iam import DataClass
 from infra.iam import Role as AwsRole
+from infra.jobs import Jobs, JobsArgs
+from infra.observability import Observability
 from infra.outputs import FoundationOutputs
 from infra.platform import Platform, PlatformArgs
 from infra.pods import Access
@@ -38,7 +40,6 @@ OPERATED: Final = {
     AwsRole.AGENT: SERVING,
     AwsRole.TRAINER: JOBS,
     AwsRole.PUBLISHER: JOBS,
-    AwsRole.READER: JOBS,
 }
 """Roles of AWS that pods take, and the namespace they take them in."""
 
@@ -77,6 +78,9 @@ class Apps:
                 args = makes.args(site, site.roles[role], self._policy(Party(role.value), site.name))
                 Service(serving.name(site.name, role), args, after)
             self._ingress(site, after)
+        Observability("observability", settings.sites, kinds=settings.crds is not Crds.OFF, opts=after)
+        data, models = self._of(_bucket_of(DataClass.DATA)), self._of(_bucket_of(DataClass.MODELS))
+        Jobs("jobs", JobsArgs(settings, data, models, self._policy, self._access), after)
 
     def _read(self, reference: pulumi.StackReference) -> Output[FoundationOutputs]:
         # Without the secret ones: a kubeconfig among them would make secrets of all.

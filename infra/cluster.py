@@ -514,6 +514,7 @@ esac
 
 zone=$(imds placement/availability-zone)
 lifecycle=$(imds instance-life-cycle)
+type=$(imds instance-type)
 address=$(imds local-ipv4)
 mkdir -p /etc/rancher/k3s/config.yaml.d
 cat >/etc/rancher/k3s/config.yaml.d/instance.yaml <<YAML
@@ -524,6 +525,7 @@ kubelet-arg+:
 node-label+:
   - topology.kubernetes.io/zone=$zone
   - rankbridge.io/lifecycle=$lifecycle
+  - rankbridge.io/gpu-type=$type
 YAML
 
 aws secretsmanager get-secret-value --secret-id "$RB_TOKEN_SECRET" --query SecretString --output text \

@@ -7,6 +7,7 @@ next to the control plane, with just the rights that they use.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -21,6 +22,8 @@ from infra.edges import DEVICES, JOBS, PLATFORM, SERVING, Party
 from infra.iam import Role as AwsRole
 from infra.outputs import FoundationOutputs
 from infra.pods import Access, mount
+from workloads.contract.operators import Operator, access
+from workloads.contract.sites import SiteKind
 
 _RESTRICTED: Final = "restricted"
 _OPERATOR: Final = Resources("100m", "256Mi", "500m", "256Mi")
@@ -44,17 +47,6 @@ class PlatformArgs:
     policy: Callable[[Party, str], Output[Any]]
     """Spec of the NetworkPolicy of a party at a site."""
     access: Callable[[AwsRole], Access]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rights:
-    """What an operator may do in the cluster, and in one namespace."""
-
-    cluster: Sequence[tuple[str, str, str]]
-    """API group, resources and verbs, each separated by commas."""
-    namespace: str = ""
-    own: Sequence[tuple[str, str, str, str]] = ()
-    """In `namespace`: as above, and the names of the objects that are meant; empty for all."""
 
 
 class Platform(pulumi.ComponentResource):
@@ -88,8 +80,10 @@ class Platform(pulumi.ComponentResource):
             )
         if any(site.has_gpus for site in config.sites):
             self._gpus()
-        for role in (AwsRole.AUTOSCALER, AwsRole.HYGIENE, AwsRole.SPOT):
-            self._operator(role)
+            clouds = [s.name for s in config.sites if s.has_gpus and s.kind is SiteKind.CLOUD]
+            self._autoscaler()
+            self._watcher(Party.HYGIENE, AwsRole.HYGIENE, Operator.HYGIENE, clouds)
+            self._watcher(Party.SPOT, AwsRole.SPOT, Operator.SPOT, clouds)
         self.register_outputs({})
 
     def _namespace(self, name: str, level: str, why: str = "") -> k8s.core.v1.Namespace:
@@ -214,188 +208,203 @@ class Platform(pulumi.ComponentResource):
 
     # Operators
 
-    def _operator(self, role: AwsRole) -> None:
-        config, name = self._args.config, role.value if role is not AwsRole.AUTOSCALER else "cluster-autoscaler"
-        home, rights = config.home, _RIGHTS[role]
-        labels, selector = pods.labels(name, home.name), pods.selector(name, home.name)
-        meta = k8s.meta.v1.ObjectMetaArgs(name=name, namespace=PLATFORM, labels=labels)
-        account = k8s.core.v1.ServiceAccount(
-            name, metadata=meta, automount_service_account_token=False, opts=self._inside
-        )
-        self._bind(name, labels, rights)
+    def _autoscaler(self) -> None:
+        party = Party.AUTOSCALER
+        account = self._account(party)
+        self._declare_all(_autoscaler_access(), account)
+        flags = self._args.foundation.apply(autoscaler_command)
+        self._operator(party, AwsRole.AUTOSCALER, Image.AUTOSCALER, "", flags, "/health-check", account)
+
+    def _watcher(self, party: Party, role: AwsRole, operator: Operator, sites: Sequence[str]) -> None:
+        """Node hygiene or the spot handler: one process for each cloud site, the same rights for all."""
+        account = self._account(party)
+        manifests = access(operator, namespace=PLATFORM, service_account=party.value, serving=[SERVING, JOBS])
+        self._declare_all(manifests, account)
+        for site in sites:
+            flags = self._args.foundation.apply(_command_of(operator, site))
+            self._operator(party, role, Image.OPERATORS, site, flags, "/healthz", account)
+
+    def _account(self, party: Party) -> k8s.core.v1.ServiceAccount:
+        home = self._args.config.home.name
+        meta = k8s.meta.v1.ObjectMetaArgs(name=party.value, namespace=PLATFORM, labels=pods.labels(party.value, home))
         k8s.networking.v1.NetworkPolicy(
-            name, metadata=meta, spec=self._args.policy(Party(name), home.name), opts=self._inside
+            party.value, metadata=meta, spec=self._args.policy(party, home), opts=self._inside
         )
-        access = self._args.access(role)
-        image = config.images[Image.AUTOSCALER if role is AwsRole.AUTOSCALER else Image.OPERATORS]
+        return k8s.core.v1.ServiceAccount(
+            party.value, metadata=meta, automount_service_account_token=False, opts=self._inside
+        )
+
+    def _declare_all(self, manifests: Sequence[Mapping[str, Any]], account: pulumi.Resource) -> None:
+        """Manifests that others render, as typed resources: rights, and the policies that narrow them."""
+        opts = ResourceOptions(parent=self, depends_on=[*self.namespaces, account])
+        for manifest in manifests:
+            fields = {_snake(k): v for k, v in manifest.items() if k not in ("apiVersion", "kind", "metadata")}
+            meta = {**manifest["metadata"], "labels": pods.MANAGED}
+            where = meta.get("namespace", "")
+            name = f"{where}-{meta['name']}" if where else meta["name"]
+            _TYPED[manifest["kind"]](name, metadata=meta, **fields, opts=opts)
+
+    def _operator(  # noqa: PLR0917 -- one caller for each operator, above
+        self,
+        party: Party,
+        role: AwsRole,
+        image: Image,
+        site: str,
+        command: Output[list[str]],
+        health: str,
+        account: pulumi.Resource,
+    ) -> None:
+        config, home = self._args.config, self._args.config.home
+        name = f"{site}-{party.value}" if site else party.value
+        watches = {WATCHES_LABEL: site} if site else {}
+        labels, selector = pods.labels(party.value, home.name), pods.selector(party.value, home.name)
+        cloud = self._args.access(role)
         main = pods.container(
-            name,
-            image,
+            party.value,
+            config.images[image],
             [],
             _OPERATOR,
             ports={"http": _HEALTH_PORT},
-            probes=pods.Probes("http", live=_LIVE[role], ready=_LIVE[role]),
-            env=[
-                *pods.SERVING_ENV,
-                *access.env(),
-                pods.variable("RANKBRIDGE_HOME_SITE", home.name),
-            ],
-            mounts=[mount("tmp", pods.SCRATCH), *access.mounts()],
+            probes=pods.Probes("http", live=health, ready=health if role is AwsRole.AUTOSCALER else "/readyz"),
+            env=[*pods.SERVING_ENV, *cloud.env()],
+            mounts=[mount("tmp", pods.SCRATCH), *cloud.mounts()],
         )
-        main.command = self._args.foundation.apply(lambda f: command(role, f, _HEALTH_PORT))
-        terms = [
-            k8s.core.v1.NodeSelectorRequirementArgs(key=k, operator="In", values=[v]) for k, v in home.selector.items()
-        ]
-        node = k8s.core.v1.NodeAffinityArgs(
-            required_during_scheduling_ignored_during_execution=k8s.core.v1.NodeSelectorArgs(
-                node_selector_terms=[k8s.core.v1.NodeSelectorTermArgs(match_expressions=terms)]
-            )
-        )
+        main.command = command
         excused = {
             "deployment-replicas": "one at a time: two would act on the same node",
-            "deployment-pod-anti-affinity": "it has one pod",
-            "deployment-has-poddisruptionbudget": "one pod that may be away for a minute; a budget would block drains",
+            "deployment-has-host-podantiaffinity": "it has one pod",
+            "pod-probes-identical": "it has one question to answer",
         }
         k8s.apps.v1.Deployment(
             name,
             metadata=k8s.meta.v1.ObjectMetaArgs(
-                name=name, namespace=PLATFORM, labels=labels, annotations=pods.exceptions(excused)
+                name=name, namespace=PLATFORM, labels={**labels, **watches}, annotations=pods.exceptions(excused)
             ),
             spec=k8s.apps.v1.DeploymentSpecArgs(
                 replicas=1,
                 revision_history_limit=3,
-                selector=k8s.meta.v1.LabelSelectorArgs(match_labels=selector),
+                selector=k8s.meta.v1.LabelSelectorArgs(match_labels={**selector, **watches}),
                 strategy=k8s.apps.v1.DeploymentStrategyArgs(type="Recreate"),
                 template=k8s.core.v1.PodTemplateSpecArgs(
-                    metadata=k8s.meta.v1.ObjectMetaArgs(labels=labels, annotations=pods.exceptions(excused)),
+                    metadata=k8s.meta.v1.ObjectMetaArgs(
+                        labels={**labels, **watches}, annotations=pods.exceptions(excused)
+                    ),
                     spec=k8s.core.v1.PodSpecArgs(
-                        service_account_name=name,
+                        service_account_name=party.value,
                         automount_service_account_token=True,  # it speaks to the API: that is what it is for
                         enable_service_links=False,
                         security_context=pods.security(),
                         priority_class_name="rankbridge-platform",
-                        affinity=k8s.core.v1.AffinityArgs(node_affinity=node),
+                        affinity=pods.on_nodes_of(home),
                         tolerations=pods.tolerations(home, waits_s=30),
-                        init_containers=access.init(),
+                        topology_spread_constraints=[pods.spread({**selector, **watches})],
+                        init_containers=cloud.init(),
                         containers=[main],
-                        volumes=[pods.scratch("tmp", "64Mi"), *access.volumes()],
+                        volumes=[pods.scratch("tmp", "64Mi"), *cloud.volumes()],
                     ),
                 ),
             ),
             opts=ResourceOptions(parent=self, depends_on=[account]),
         )
-
-    def _bind(self, name: str, labels: Mapping[str, str], rights: _Rights) -> None:
-        who = [k8s.rbac.v1.SubjectArgs(kind="ServiceAccount", name=name, namespace=PLATFORM)]
-        group = "rbac.authorization.k8s.io"
-        meta = k8s.meta.v1.ObjectMetaArgs(name=f"rankbridge-{name}", labels=labels)
-        k8s.rbac.v1.ClusterRole(name, metadata=meta, rules=[_rule(*one) for one in rights.cluster], opts=self._child)
-        k8s.rbac.v1.ClusterRoleBinding(
+        k8s.policy.v1.PodDisruptionBudget(
             name,
-            metadata=meta,
-            role_ref=k8s.rbac.v1.RoleRefArgs(api_group=group, kind="ClusterRole", name=f"rankbridge-{name}"),
-            subjects=who,
-            opts=self._child,
-        )
-        if not rights.own:
-            return
-        meta = k8s.meta.v1.ObjectMetaArgs(name=f"rankbridge-{name}", namespace=rights.namespace, labels=labels)
-        k8s.rbac.v1.Role(name, metadata=meta, rules=[_rule(*one) for one in rights.own], opts=self._inside)
-        k8s.rbac.v1.RoleBinding(
-            name,
-            metadata=meta,
-            role_ref=k8s.rbac.v1.RoleRefArgs(api_group=group, kind="Role", name=f"rankbridge-{name}"),
-            subjects=who,
+            metadata=k8s.meta.v1.ObjectMetaArgs(name=name, namespace=PLATFORM, labels={**labels, **watches}),
+            spec=k8s.policy.v1.PodDisruptionBudgetSpecArgs(
+                max_unavailable=1,
+                selector=k8s.meta.v1.LabelSelectorArgs(match_labels={**selector, **watches}),
+                unhealthy_pod_eviction_policy="AlwaysAllow",
+            ),
             opts=self._inside,
         )
 
 
-def _rule(group: str, resources: str, verbs: str, names: str = "") -> k8s.rbac.v1.PolicyRuleArgs:
-    return k8s.rbac.v1.PolicyRuleArgs(
-        api_groups=[group],
-        resources=resources.split(","),
-        verbs=verbs.split(","),
-        resource_names=names.split(",") if names else None,
-    )
-
-
-_HEALTH_PORT: Final = 8085
-_LIVE: Final = {AwsRole.AUTOSCALER: "/health-check", AwsRole.HYGIENE: "/healthz", AwsRole.SPOT: "/healthz"}
-_SEE: Final = "get,list,watch"
-_RIGHTS: Final[Mapping[AwsRole, _Rights]] = {
-    # As its own documentation has it (cluster-autoscaler, cloudprovider/aws/examples), less what is not used here.
-    AwsRole.AUTOSCALER: _Rights(
-        [
-            ("", "events", "create,patch"),
-            ("", "pods/eviction", "create"),
-            ("", "pods/status", "update"),
-            ("", "nodes", f"{_SEE},update"),
-            ("", "namespaces,pods,services,replicationcontrollers,persistentvolumeclaims,persistentvolumes", _SEE),
-            ("batch", "jobs", _SEE),
-            ("apps", "statefulsets,replicasets,daemonsets", _SEE),
-            ("policy", "poddisruptionbudgets", "list,watch"),
-            (
-                "storage.k8s.io",
-                "storageclasses,csinodes,csidrivers,csistoragecapacities,volumeattachments",
-                _SEE,
-            ),
-            (
-                "resource.k8s.io",
-                "resourceclaims,resourceslices,deviceclasses",
-                _SEE,
-            ),
-        ],
-        PLATFORM,
-        [
-            ("coordination.k8s.io", "leases", "create", ""),
-            ("coordination.k8s.io", "leases", "get,update", "cluster-autoscaler"),
-            ("", "configmaps", "create,list,watch", ""),
-            ("", "configmaps", "get,update,delete,watch", "cluster-autoscaler-status"),
-        ],
-    ),
-    # Node-password secrets are named after nodes, so that no list of names can be given.
-    AwsRole.HYGIENE: _Rights(
-        [("", "nodes", "get,list,delete"), ("", "events", "create,patch")],
-        "kube-system",
-        [("", "secrets", "delete", "")],
-    ),
-    AwsRole.SPOT: _Rights(
-        [
-            ("", "nodes", "get,list,patch"),
-            ("", "pods", "get,list"),
-            ("", "pods/eviction", "create"),
-            ("", "events", "create,patch"),
-            ("apps", "daemonsets", "get"),
-        ]
-    ),
+WATCHES_LABEL: Final = "rankbridge.io/watches"
+"""The site whose nodes an operator looks after."""
+_TYPED: Final[Mapping[str, Any]] = {
+    "ClusterRole": k8s.rbac.v1.ClusterRole,
+    "ClusterRoleBinding": k8s.rbac.v1.ClusterRoleBinding,
+    "Role": k8s.rbac.v1.Role,
+    "RoleBinding": k8s.rbac.v1.RoleBinding,
+    "ValidatingAdmissionPolicy": k8s.admissionregistration.v1.ValidatingAdmissionPolicy,
+    "ValidatingAdmissionPolicyBinding": k8s.admissionregistration.v1.ValidatingAdmissionPolicyBinding,
 }
 
 
-def command(role: AwsRole, foundation: FoundationOutputs, port: int) -> list[str]:
-    """What an operator runs: which groups and queues it looks after is the foundation's knowledge."""
+def _snake(name: str) -> str:
+    return re.sub(r"[A-Z]", lambda m: "_" + m[0].lower(), name)
+
+
+def _command_of(operator: Operator, site: str) -> Callable[[FoundationOutputs], list[str]]:
+    return lambda foundation: watcher_command(operator, site, foundation)
+
+
+_HEALTH_PORT: Final = 8085
+_SEE: Final = "get,list,watch"
+
+
+def _autoscaler_access() -> list[dict[str, Any]]:
+    """As its own documentation has it (cluster-autoscaler, cloudprovider/aws/examples), less what is not used here."""
+    name, group = "rankbridge-cluster-autoscaler", "rbac.authorization.k8s.io"
+
+    def rule(group: str, resources: str, verbs: str, names: str = "") -> dict[str, Any]:
+        made: dict[str, Any] = {"apiGroups": [group], "resources": resources.split(","), "verbs": verbs.split(",")}
+        return made | ({"resourceNames": [names]} if names else {})
+
+    cluster = [
+        rule("", "events", "create,patch"),
+        rule("", "pods/eviction", "create"),
+        rule("", "pods/status", "update"),
+        rule("", "nodes", f"{_SEE},update"),
+        rule("", "namespaces,pods,services,replicationcontrollers,persistentvolumeclaims,persistentvolumes", _SEE),
+        rule("batch", "jobs", _SEE),
+        rule("apps", "statefulsets,replicasets,daemonsets", _SEE),
+        rule("policy", "poddisruptionbudgets", "list,watch"),
+        rule("storage.k8s.io", "storageclasses,csinodes,csidrivers,csistoragecapacities,volumeattachments", _SEE),
+        rule("resource.k8s.io", "resourceclaims,resourceslices,deviceclasses", _SEE),
+    ]
+    own = [
+        rule("coordination.k8s.io", "leases", "create"),
+        rule("coordination.k8s.io", "leases", "get,update", "cluster-autoscaler"),
+        rule("", "configmaps", "create,list,watch"),
+        rule("", "configmaps", "get,update,delete,watch", "cluster-autoscaler-status"),
+    ]
+    subject = {"kind": "ServiceAccount", "name": Party.AUTOSCALER.value, "namespace": PLATFORM}
+    found: list[dict[str, Any]] = []
+    for scope, meta, rules in (("Cluster", {}, cluster), ("", {"namespace": PLATFORM}, own)):
+        found.append({"kind": f"{scope}Role", "metadata": {"name": name, **meta}, "rules": rules})
+        reference = {"apiGroup": group, "kind": f"{scope}Role", "name": name}
+        binding = {"metadata": {"name": name, **meta}, "roleRef": reference, "subjects": [subject]}
+        found.append({"kind": f"{scope}RoleBinding", **binding})
+    return found
+
+
+def autoscaler_command(foundation: FoundationOutputs) -> list[str]:
+    """What cluster-autoscaler runs: which groups there are is the foundation's knowledge."""
     groups = [g for site in foundation.sites for g in site.node_groups]
-    match role:
-        case AwsRole.AUTOSCALER:
-            nodes = [f"--nodes={g.minimum}:{g.maximum}:{g.auto_scaling_group}" for g in groups]
-            return [
-                "./cluster-autoscaler",
-                "--cloud-provider=aws",
-                f"--namespace={PLATFORM}",
-                *nodes,
-                "--expander=least-waste",
-                "--skip-nodes-with-local-storage=false",
-                "--skip-nodes-with-system-pods=false",
-                "--scale-down-unneeded-time=10m",
-                "--max-node-provision-time=15m",
-                f"--address=:{port}",
-            ]
-        case AwsRole.HYGIENE:
-            flags = [f"--group={g.auto_scaling_group}" for g in groups]
-            return ["python", "-m", "workloads.operators", "hygiene", *flags, "--listen", f"0.0.0.0:{port}"]
-        case AwsRole.SPOT:
-            queues = [f"--queue-url={site.queue_url}" for site in foundation.sites if site.queue_url]
-            return ["python", "-m", "workloads.operators", "spot", *queues, "--listen", f"0.0.0.0:{port}"]
-    raise ValueError(f"{role.value} is no operator")
+    return [
+        "./cluster-autoscaler",
+        "--cloud-provider=aws",
+        f"--namespace={PLATFORM}",
+        *(f"--nodes={g.minimum}:{g.maximum}:{g.auto_scaling_group}" for g in groups),
+        "--expander=least-waste",
+        # Every pod of ours has an emptyDir, none keeps anything in it.
+        "--skip-nodes-with-local-storage=false",
+        "--skip-nodes-with-system-pods=false",
+        "--scale-down-unneeded-time=10m",
+        "--max-node-provision-time=15m",
+        f"--address=:{_HEALTH_PORT}",
+    ]
+
+
+def watcher_command(operator: Operator, site: str, foundation: FoundationOutputs) -> list[str]:
+    """What node hygiene or the spot handler of a site runs."""
+    there = foundation.site(site)
+    command = ["python", "-m", "workloads.operators", operator.value, "--site", site, "--region", there.region]
+    if operator is Operator.HYGIENE:
+        command += [part for g in there.node_groups for part in ("--group", g.auto_scaling_group)]
+    else:
+        command += ["--queue-url", there.queue_url or "", "--serving", SERVING, "--serving", JOBS]
+    return [*command, "--listen", f"0.0.0.0:{_HEALTH_PORT}"]
 
 
 def plugin_config(config: AppsConfig) -> str:

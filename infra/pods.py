@@ -49,13 +49,19 @@ def selector(role: str, site: str) -> dict[str, str]:
     return {ROLE_LABEL: role, SITE_LABEL: site}
 
 
+EVERYWHERE: Final = {
+    "container-image-pull-policy": "an image is named by its digest: what a node has is it, and a site must be able to "
+    "start pods while its registry is out of reach"
+}
+"""Exceptions that every pod makes."""
+
+
 def exceptions(reasons: Mapping[str, str]) -> dict[str, str]:
-    """Annotations that switch checks of kube-score off, each with its reason."""
-    if not reasons:
-        return {}
+    """Annotations that switch checks of kube-score off for a pod or what makes it, each with its reason."""
+    given = {**EVERYWHERE, **reasons}
     return {
-        IGNORED_CHECKS: ",".join(sorted(reasons)),
-        **{f"{REASON}-{check}": why for check, why in sorted(reasons.items())},
+        IGNORED_CHECKS: ",".join(sorted(given)),
+        **{f"{REASON}-{check}": why for check, why in sorted(given.items())},
     }
 
 
@@ -276,3 +282,35 @@ def aws_config(*, trust_anchor: str, profile: str, role: str) -> str:
 def tolerations(site: SiteSettings, *, waits_s: int) -> list[k8s.core.v1.TolerationArgs]:
     """The GPU nodes' taint at a site that has no other nodes, and how long to wait for a lost node."""
     return [*([GPU_TOLERATION] if site.has_gpus else []), *lost_node(waits_s)]
+
+
+def on_nodes_of(site: SiteSettings, *, gpus: bool = False) -> k8s.core.v1.AffinityArgs:
+    """A pod runs at its site and nowhere else; with `gpus` on nodes that have some."""
+    wanted = {**site.selector, **({"nvidia.com/gpu.present": "true"} if gpus else {})}
+    terms = [k8s.core.v1.NodeSelectorRequirementArgs(key=k, operator="In", values=[v]) for k, v in wanted.items()]
+    return k8s.core.v1.AffinityArgs(
+        node_affinity=k8s.core.v1.NodeAffinityArgs(
+            required_during_scheduling_ignored_during_execution=k8s.core.v1.NodeSelectorArgs(
+                node_selector_terms=[k8s.core.v1.NodeSelectorTermArgs(match_expressions=terms)]
+            )
+        )
+    )
+
+
+def spread(
+    selector: Mapping[str, str],
+    topology: str = "kubernetes.io/hostname",
+    otherwise: str = "ScheduleAnyway",
+    *,
+    by_revision: bool = True,
+) -> k8s.core.v1.TopologySpreadConstraintArgs:
+    """Pods of a kind keep apart; `otherwise` is what happens when they cannot (`DoNotSchedule`)."""
+    return k8s.core.v1.TopologySpreadConstraintArgs(
+        max_skew=1,
+        topology_key=topology,
+        when_unsatisfiable=otherwise,
+        label_selector=k8s.meta.v1.LabelSelectorArgs(match_labels=dict(selector)),
+        match_label_keys=["pod-template-hash"] if by_revision else None,
+        # Tainted servers count as empty otherwise, and no second pod would be let onto a worker.
+        node_taints_policy="Honor",
+    )

@@ -17,6 +17,7 @@ from pulumi import Input, ResourceOptions
 from infra import pods
 from infra.apps_config import Role, RoleSettings, SiteSettings
 from infra.edges import SERVING
+from workloads.contract.operators import IN_ROTATION, ROTATION_LABEL
 
 STOP_S: Final = 45
 """Longer than drain and a server's own stop together."""
@@ -111,7 +112,8 @@ class Service(pulumi.ComponentResource):
                 type="ClusterIP",
                 cluster_ip="None" if headless else None,
                 publish_not_ready_addresses=headless or None,
-                selector=self._selector,
+                # A pod that is taken out of rotation gets no new request and goes on with what it has.
+                selector={**self._selector, ROTATION_LABEL: IN_ROTATION},
                 ports=[
                     k8s.core.v1.ServicePortArgs(name=n, port=p, target_port=n, protocol="TCP")
                     for n, p in self._args.ports.items()
@@ -124,7 +126,8 @@ class Service(pulumi.ComponentResource):
         args = self._args
         return k8s.core.v1.PodTemplateSpecArgs(
             metadata=k8s.meta.v1.ObjectMetaArgs(
-                labels=self._labels, annotations=pods.exceptions(args.exceptions) or None
+                labels={**self._labels, ROTATION_LABEL: IN_ROTATION},
+                annotations=pods.exceptions(args.exceptions),
             ),
             spec=k8s.core.v1.PodSpecArgs(
                 service_account_name=self._name,
@@ -144,53 +147,31 @@ class Service(pulumi.ComponentResource):
         )
 
     def _affinity(self) -> k8s.core.v1.AffinityArgs:
-        terms = [
-            k8s.core.v1.NodeSelectorRequirementArgs(key=k, operator="In", values=[v])
-            for k, v in self._args.site.selector.items()
-        ]
-        if self._args.runtime_class:
-            terms.append(
-                k8s.core.v1.NodeSelectorRequirementArgs(key="nvidia.com/gpu.present", operator="In", values=["true"])
+        affinity = pods.on_nodes_of(self._args.site, gpus=bool(self._args.runtime_class))
+        if not self._args.shares_a_node and self._args.settings.maximum > 1:
+            apart = k8s.core.v1.WeightedPodAffinityTermArgs(
+                weight=100,
+                pod_affinity_term=k8s.core.v1.PodAffinityTermArgs(
+                    topology_key="kubernetes.io/hostname", label_selector=self._match()
+                ),
             )
-        node = k8s.core.v1.NodeAffinityArgs(
-            required_during_scheduling_ignored_during_execution=k8s.core.v1.NodeSelectorArgs(
-                node_selector_terms=[k8s.core.v1.NodeSelectorTermArgs(match_expressions=terms)]
-            )
-        )
-        if self._args.shares_a_node or self._args.settings.maximum == 1:
-            return k8s.core.v1.AffinityArgs(node_affinity=node)
-        apart = k8s.core.v1.WeightedPodAffinityTermArgs(
-            weight=100,
-            pod_affinity_term=k8s.core.v1.PodAffinityTermArgs(
-                topology_key="kubernetes.io/hostname", label_selector=self._match()
-            ),
-        )
-        return k8s.core.v1.AffinityArgs(
-            node_affinity=node,
-            pod_anti_affinity=k8s.core.v1.PodAntiAffinityArgs(
+            affinity.pod_anti_affinity = k8s.core.v1.PodAntiAffinityArgs(
                 preferred_during_scheduling_ignored_during_execution=[apart]
-            ),
-        )
+            )
+        return affinity
 
     def _spread(self) -> list[k8s.core.v1.TopologySpreadConstraintArgs]:
-        def over(topology: str, otherwise: str) -> k8s.core.v1.TopologySpreadConstraintArgs:
-            return k8s.core.v1.TopologySpreadConstraintArgs(
-                max_skew=1,
-                topology_key=topology,
-                when_unsatisfiable=otherwise,
-                label_selector=self._match(),
-                match_label_keys=None if self._args.claim else ["pod-template-hash"],
-                # Tainted servers count as empty otherwise, and no second pod would be let onto a worker.
-                node_taints_policy="Honor",
-            )
-
         hosts = "ScheduleAnyway" if self._args.shares_a_node else "DoNotSchedule"
-        return [over("kubernetes.io/hostname", hosts), over("topology.kubernetes.io/zone", "ScheduleAnyway")]
+        revised = not self._args.claim
+        return [
+            pods.spread(self._selector, "kubernetes.io/hostname", hosts, by_revision=revised),
+            pods.spread(self._selector, "topology.kubernetes.io/zone", by_revision=revised),
+        ]
 
     def _deployment(self) -> k8s.apps.v1.Deployment:
         return k8s.apps.v1.Deployment(
             self._name,
-            metadata=self._meta(),
+            metadata=self._meta(**pods.exceptions(self._args.exceptions)),
             spec=k8s.apps.v1.DeploymentSpecArgs(
                 # The warm ones; from then on the number is the scaler's, and an update leaves it alone.
                 replicas=self._args.settings.replicas,
@@ -212,7 +193,7 @@ class Service(pulumi.ComponentResource):
         args = self._args
         return k8s.apps.v1.StatefulSet(
             self._name,
-            metadata=self._meta(),
+            metadata=self._meta(**pods.exceptions(args.exceptions)),
             spec=k8s.apps.v1.StatefulSetSpecArgs(
                 replicas=args.settings.replicas,
                 service_name=f"{self._name}-pods",

@@ -172,6 +172,9 @@ class Serving:
             scaling=self._scaling(site, settings, config.autoscaling.in_flight),
             shares_a_node=is_home,
             metrics=("http",),
+            exceptions={"deployment-has-host-podantiaffinity": "home's gateways are where the vault's volume is"}
+            if is_home
+            else {},
         )
 
     def _retrieval(self, site: SiteSettings, settings: RoleSettings, policy: Input[Any]) -> ServiceArgs:
@@ -295,6 +298,7 @@ class Serving:
             policy,
             claim="data",
             waits_s=service.HOLDER_WAITS_S,
+            exceptions={"pod-probes-identical": "it has one port, and nothing else to ask without the password"},
         )
 
     def _intake(self, site: SiteSettings, settings: RoleSettings, policy: Input[Any]) -> ServiceArgs:
