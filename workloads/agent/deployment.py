@@ -74,7 +74,6 @@ class Deployment:
         self._injection = injection
         self._reached = reached
         self._clock = clock
-        self._seen = memory.read_seen(site.root)
         self._pointer: Wanted | None = None
         self._hold: Hold | None = None
         self._refused: dict[Wanted, Refusal] = {}
@@ -90,6 +89,7 @@ class Deployment:
         self._revision = 0
         """Of the file as it was written last, by whichever process."""
         self.editions = self._as_it_is()
+        self._seen = self._newest_seen()
         self._refusals = Counter(
             "rankbridge_agent_refusals", "Releases that were not brought here", ("reason",), registry=registry
         )
@@ -199,6 +199,11 @@ class Deployment:
             raise Refusal("content", str(error)) from error
         except (TritonError, OSError) as error:
             raise Hindrance(str(error)) from error
+        except (Refusal, Hindrance):
+            raise
+        except Exception as error:  # whose fault it is, is not known: what serves is served on, and it is tried again
+            _logger.exception("a step failed")
+            raise Hindrance(f"{type(error).__name__}: {error}") from error
 
     async def _advance(self, wanted: Wanted | None) -> bool:
         editions = self.editions
@@ -477,9 +482,34 @@ class Deployment:
             there.append(edition)
         if editions.serve not in there:
             return None
-        if there != editions.load:
-            editions = SiteEditions(load=[editions.serve], serve=editions.serve, previous=editions.previous)
+        previous = editions.previous
+        if previous is not None and not self._is_on_disk(previous):
+            _logger.error("the edition to go back to is not on disk any more", edition=str(previous))
+            previous = None
+        if (there, previous) != (editions.load, editions.previous):
+            editions = msgspec.structs.replace(editions, load=there, previous=previous)
+            with contextlib.suppress(OSError):  # a full disk keeps no agent from keeping models where they are
+                told = msgspec.structs.replace(editions, revision=self._revision + 1)
+                write_editions(self._site.editions, told)
+                editions, self._revision = told, told.revision
         return editions
+
+    def _is_on_disk(self, edition: Edition) -> bool:
+        try:
+            self._site.delta_paths(edition)
+        except BundleFault:
+            return False
+        return self._site.bundle(edition.bundle).is_dir()
+
+    def _newest_seen(self) -> Seen | None:
+        """The newest pointer that this site saw: by the note of it, or, where that was lost, by what is served."""
+        seen, editions = memory.read_seen(self._site.root), self.editions
+        if editions is None or editions.channel is None:
+            return seen
+        served = Seen(channel=editions.channel, sequence=editions.sequence)
+        if seen is None or (seen.channel == served.channel and seen.sequence < served.sequence):
+            return served
+        return seen
 
     # what goes wrong
 

@@ -23,6 +23,8 @@ SERVED: Final[tuple[Signature, ...]] = (RANKER,)
 """Models that Triton serves; the towers run inside retrieval."""
 VERSION: Final = "1"
 MODEL_FILE: Final = "model.onnx"
+INCOMING: Final = ".incoming-"
+"""How what is being written here is called until it is whole."""
 BACKEND_SOURCE: Final = Path(__file__).with_name("ranker_backend.py")
 
 _DATA_TYPES: Final[Mapping[str, str]] = {"int64": "TYPE_INT64", "float32": "TYPE_FP32"}
@@ -87,7 +89,7 @@ def _place(target: Path, files: Mapping[str, bytes], model: Path) -> None:
     """Let `target` hold these files and the model, by one rename."""
     if _is_placed(target, files, model):
         return
-    fresh = target.with_name(f".incoming-{uuid.uuid4().hex[:8]}")
+    fresh = target.with_name(f"{INCOMING}{uuid.uuid4().hex[:8]}")
     try:
         (fresh / VERSION).mkdir(parents=True)
         for name, data in files.items():

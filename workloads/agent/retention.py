@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
-from workloads.agent.repository import SERVED
-from workloads.bundle.signature import signature_path
+from workloads.agent.repository import INCOMING, SERVED
+from workloads.bundle.signature import SIGNATURE_SUFFIX, signature_path
 from workloads.bundle.site import SiteDirectory
 from workloads.contract.editions import Edition
 
@@ -44,9 +44,8 @@ def clean(site: SiteDirectory, kept: Iterable[Edition]) -> list[str]:
         for number, delta in site.installed_deltas(folder.name).items():
             if number > deltas[folder.name]:
                 remove_delta(site, folder.name, number, delta)
-    for place in (site.triton, site.bundles, site.deltas):
-        for leftover in place.glob(f"{_DOOMED}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+    for place in (site.triton, site.bundles, site.deltas, *_visible(site.deltas)):
+        _forget_the_dead(place)
     return gone
 
 
@@ -68,6 +67,15 @@ def remove(path: Path) -> None:
         shutil.rmtree(doomed)
     else:
         path.unlink()
+
+
+def _forget_the_dead(place: Path) -> None:
+    """What agents that were killed left here: directories that were on their way out or in, signatures of nothing."""
+    for leftover in (*place.glob(f"{_DOOMED}*"), *place.glob(f"{INCOMING}*")):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for signature in place.glob(f"*{SIGNATURE_SUFFIX}"):
+        if not signature.with_suffix("").exists():
+            signature.unlink(missing_ok=True)
 
 
 def _visible(folder: Path) -> Iterator[Path]:

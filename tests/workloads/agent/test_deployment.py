@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from workloads.agent.keeper import RETIRE_AFTER_S
 from workloads.agent.memory import Hold
 from workloads.agent.neighbours import Silence
 from workloads.agent.refusal import Hindrance, Refusal
+from workloads.agent.releases import Wanted
 from workloads.bundle.delta import write_delta
 from workloads.bundle.site import read_editions
 from workloads.bundle.store import open_bundle
@@ -148,6 +150,81 @@ async def test_an_older_pointer_than_one_seen_before_moves_nobody_also_after_a_r
     await world.run()
     assert world.serves == other.name
     assert world.counted('rankbridge_agent_refusals_total{reason="old_pointer"}') == 1
+
+
+@pytest.mark.parametrize("left", [None, b"", b'{"channel":"stable","sequence":1}'])
+async def test_an_older_pointer_moves_nobody_where_the_note_of_the_newest_was_lost(
+    world: World, made: Path, other: Path, left: bytes | None
+) -> None:
+    await _served(world, made)
+    old = world.releases.wanted()
+    await _served(world, other)
+    note = world.root / memory.CHANNEL_FILE
+    note.unlink()
+    if left is not None:
+        note.write_bytes(left)
+    world.start()
+    world.releases.pointer = old
+    await world.run()
+    assert world.serves == other.name
+
+
+async def test_an_edition_that_went_from_the_disk_goes_from_the_file_too(world: World, made: Path, other: Path) -> None:
+    await _served(world, made)
+    world.neighbours.draining = 1
+    world.releases.promote(other.name)
+    await world.run()
+    before = read_editions(world.site.editions)
+    assert before is not None
+    assert [edition.bundle for edition in before.load] == [made.name, other.name]
+    shutil.rmtree(world.site.bundle(made.name))
+    world.start()
+    after = read_editions(world.site.editions)
+    assert after is not None
+    assert (after.load, after.serve) == ([Edition(bundle=other.name)], Edition(bundle=other.name))
+    assert after.revision > before.revision
+    assert (after.channel, after.sequence) == ("stable", 2)
+
+
+async def test_a_previous_edition_that_went_from_the_disk_is_not_promised(
+    world: World, made: Path, other: Path
+) -> None:
+    await _served(world, made)
+    await _served(world, other)
+    shutil.rmtree(world.site.bundle(made.name))
+    world.start()
+    assert world.deployment.detail()["previous"] is None
+
+
+async def test_a_fault_that_nobody_thought_of_is_tried_with_patience_and_said(
+    world: World, made: Path, other: Path
+) -> None:
+    await _served(world, made)
+    world.releases.fault = RuntimeError("what is this")
+    world.deployment.offer(Wanted(other.name, channel="stable", sequence=2))
+    fetches = world.releases.fetches
+    await world.run()
+    assert 0 < world.releases.fetches - fetches < 6
+    assert "what is this" in str(world.deployment.detail()["hindered_by"])
+    assert world.serves == made.name
+
+
+async def test_what_killed_agents_left_half_done_goes(world: World, made: Path, other: Path, tmp_path: Path) -> None:
+    _offer(world, made, _delta(tmp_path / "deltas", made))
+    await world.run()
+    leftovers = [
+        world.site.triton / ".incoming-0123abcd",
+        world.site.deltas / made.name / ".doomed-2-x",
+        world.site.bundles / f"{'e' * 64}.sig",
+        world.site.deltas / made.name / f"2-{'e' * 64}.sig",
+    ]
+    for path in leftovers:
+        path.write_bytes(b"") if path.suffix == ".sig" else path.mkdir()
+    kept = world.site.bundles / f"{made.name}.sig"
+    kept.write_bytes(b"")
+    await _served(world, other)
+    assert [path for path in leftovers if path.exists()] == []
+    assert kept.exists()
 
 
 # what is refused
