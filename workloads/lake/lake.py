@@ -16,6 +16,7 @@ Users and sessions are pseudonyms here. Knows no vault and no key.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 import itertools
@@ -105,7 +106,7 @@ class Ingested:
     """What one `ingest` did."""
 
     taken: int
-    """Number of the newest row that is in the lake: the spool may be trimmed up to it."""
+    """Number of the newest row that is in the lake: the spool may be trimmed up to it. 0 for another, empty spool."""
     events: int = 0
     duplicates: int = 0
     commits: int = 0
@@ -420,6 +421,7 @@ class Lake:
                 seq = done.taken if own else self._resume(table, source)
                 begun = seq if begun is None else begun
                 rows = source.after(seq, chunk)
+                done = dataclasses.replace(done, taken=seq)  # of another spool that is still empty: nothing
                 if rows.num_rows:
                     done = self._take(table, source, rows, done)
             if progress is not None and (ends := source.bounds()) is not None:
@@ -437,8 +439,13 @@ class Lake:
         same = at is not None and _mark(at) == table.properties.get(_MARK)
         if last is None:
             return seq if same else 0
-        # A spool that was made anew, or put back from an older copy, has not come so far or has another event there.
-        return seq if same or (at is None and last >= seq) else 0
+        if same:
+            return seq
+        # A spool that was made anew, or put back from an older copy, has not come so far or has another event there:
+        # or none, where the number went unused or its event was erased. Then only a spool that begins later is known to
+        # be the same one, trimmed; any other is read again, which costs time and no event.
+        ends = spool.bounds()
+        return seq if at is None and last >= seq and (ends is None or ends[0] > seq) else 0
 
     def _take(self, table: Table, spool: Spool, rows: pa.Table, before: Ingested) -> Ingested:
         seq = int(rows["seq"][-1].as_py())

@@ -130,6 +130,30 @@ def test_a_spool_that_was_made_anew_is_read_from_its_start(lake: Lake, spool: Me
     assert len(ids_of(lake)) == 22
 
 
+def test_a_spool_put_back_from_a_copy_hides_no_event_behind_a_number_that_nobody_has(lake: Lake, shop: Shop):
+    spool = MemorySpool()
+    shop.fill(spool, range(10))
+    copy = {**spool.rows}
+    shop.fill(spool, range(10, 20))
+    assert lake.ingest(spool).taken == 20
+    restored = MemorySpool()
+    restored.rows, restored._last = copy, 10
+    shop.fill(restored, range(100, 120))
+    del restored.rows[20]  # erased, or left unused beside an event that was sent again
+    assert lake.ingest(restored).events == 19
+    assert lake.ingest(restored).events == 0
+    assert len(ids_of(lake)) == 20 + 19
+
+
+def test_what_a_spool_that_was_made_anew_never_had_is_not_said_to_be_taken(lake: Lake, spool: MemorySpool, shop: Shop):
+    shop.fill(spool, range(8))
+    assert lake.ingest(spool).taken == 8
+    anew = MemorySpool()
+    assert lake.ingest(anew).taken == 0  # or a trim up to 8 would take the first events that arrive there
+    shop.fill(anew, range(20, 23))
+    assert lake.ingest(anew).taken == 3
+
+
 def test_a_trimmed_spool_is_not_read_again(lake: Lake, spool: MemorySpool, shop: Shop):
     shop.fill(spool, range(10))
     lake.ingest(spool)
