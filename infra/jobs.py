@@ -294,7 +294,7 @@ class Jobs(pulumi.ComponentResource):
             serving.module(
                 "agent",
                 *("fetch", "--channel", self._config.channel, "--models-bucket", args.models_bucket),
-                *("--trust", serving.TRUST_DIR, "--into", "/work/bundles"),
+                *("--trust", serving.TRUST_DIR, "--site-dir", "/work"),
             ),
             _LIGHT,
             AwsRole.TRAINER,

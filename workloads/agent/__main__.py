@@ -1,8 +1,9 @@
-"""`python -m workloads.agent install|run|rollback|resume ...`: bring bundles to a site, and keep them served.
+"""`python -m workloads.agent install|fetch|run|rollback|resume ...`: bring bundles to a site, and keep them served.
 
 `run` is a server until SIGTERM. It watches a channel of the models bucket (`--channel`, `--models-bucket`; endpoint,
 region and credentials are the standard AWS configuration's) or serves one directory for ever (`--bundle`), and takes
-the site from edition to edition through `<site-dir>/editions.json`. `install` is a job: verify, copy, render, end.
+the site from edition to edition through `<site-dir>/editions.json`. `install` is a job: verify, copy, render, end;
+`fetch` is one that brings what a channel points to onto the disk, verified, and does nothing with it.
 `rollback` asks the site's agent to go back to an edition that is on disk, and waits; it needs no cloud. `resume` lets
 the site follow its channel again. Jobs write progress lines on stdout; exit code 0, 2 with a fault line, 128 + signal.
 """
@@ -31,6 +32,7 @@ from workloads.agent.injection import parse_injections
 from workloads.agent.installation import Installation, install
 from workloads.agent.keeper import Keeper
 from workloads.agent.neighbours import HttpNeighbours
+from workloads.agent.refusal import Hindrance, Refusal
 from workloads.agent.releases import ChannelReleases, FixedRelease, Releases
 from workloads.agent.rollback import RollbackFault, resume, rollback
 from workloads.agent.service import Work, create_app
@@ -38,7 +40,7 @@ from workloads.bundle.registry import Registry
 from workloads.bundle.signature import SignatureFault, Trust
 from workloads.bundle.site import SiteDirectory
 from workloads.bundle.store import BundleFault
-from workloads.contract.sites import SiteClass, SiteName
+from workloads.contract.sites import SiteClass, site_name
 from workloads.telemetry.metrics import new_registry
 from workloads.telemetry.progress import Progress
 from workloads.telemetry.service import CannotStartError, Service, run
@@ -52,7 +54,7 @@ NICENESS = 10
 
 def _parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--site", required=True, choices=[name.value for name in SiteName], help="name of the site")
+    shared.add_argument("--site", required=True, type=site_name, metavar="NAME", help="name of the site")
     shared.add_argument(
         "--site-class",
         required=True,
@@ -72,6 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     job = commands.add_parser("install", parents=[shared, of_site], help="verify, copy and render a bundle, then end")
     job.add_argument("--bundle", required=True, type=Path, metavar="DIR", help="directory of the bundle")
+    bring = commands.add_parser("fetch", parents=[of_site], help="what a channel points to, verified, onto the disk")
+    bring.add_argument("--channel", required=True, metavar="NAME", help="channel of the registry")
+    bring.add_argument("--models-bucket", required=True, metavar="NAME", help="bucket of the registry")
+    bring.add_argument("--trust", type=Path, metavar="DIR", help="as with `run`")
     server = commands.add_parser("run", parents=[shared, of_site], help="keep the site on its channel until SIGTERM")
     source = server.add_mutually_exclusive_group(required=True)
     source.add_argument("--channel", metavar="NAME", help="channel of the registry to follow")
@@ -110,6 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
         return run("agent", options.site, options.listen, lambda: _build(options))
     if options.command == "install":
         return _job(lambda progress: _install(options, progress))
+    if options.command == "fetch":
+        return _job(lambda progress: _fetch(options, progress))
     act = rollback if options.command == "rollback" else resume
     return _job(lambda progress: act(options, progress, clock=time.monotonic, sleep=time.sleep))
 
@@ -224,6 +232,23 @@ def _job(work: Callable[[Progress], None]) -> int:
     except _StoppedError as stopped:
         return 128 + stopped.number
     return 0
+
+
+def _fetch(options: argparse.Namespace, progress: Progress) -> None:
+    releases = _channel(options)
+    try:
+        wanted = releases.wanted()
+        if wanted is None:
+            raise CannotStartError(
+                f"channel {options.channel} points to nothing", "publish a bundle: `rankbridge bundle promote`"
+            )
+        site = SiteDirectory(options.site_dir)
+        releases.fetch(wanted, site)
+    except Hindrance as error:
+        raise CannotStartError(str(error), "check the bucket, and that credentials let you read it") from error
+    except Refusal as error:
+        raise CannotStartError(str(error), "publish it anew, or trust its signer") from error
+    progress.result({"bundle": str(site.bundles / wanted.bundle)}, deltas=len(wanted.deltas))
 
 
 def _install(options: argparse.Namespace, progress: Progress) -> None:

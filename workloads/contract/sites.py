@@ -8,15 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
 
 class SiteName(enum.StrEnum):
-    """A place with its own copy of every serving role."""
+    """The sites of the rehearsal. Sites are data: a deployment has its own, with names of `SITE_PATTERN`."""
 
     ONPREM = "onprem"
     AWS = "aws"
+
+
+SITE_PATTERN = r"[a-z][a-z0-9-]{0,18}[a-z0-9]"
+
+
+def site_name(text: str) -> str:
+    """A site's name as a command line has it. Raises ValueError for what can be none."""
+    if not re.fullmatch(SITE_PATTERN, text, re.ASCII):
+        raise ValueError(f"{text!r} is no name of a site: 2 to 20 lower-case letters, digits or hyphens")
+    return text
 
 
 class SiteKind(enum.StrEnum):

@@ -20,7 +20,7 @@ from prometheus_client import Counter
 from workloads.bundle.site import EditionsWatch, SiteDirectory
 from workloads.bundle.store import Bundle, BundleFault, open_bundle
 from workloads.contract.editions import Edition
-from workloads.contract.sites import SITES, Site, SiteName
+from workloads.contract.sites import SITES, SiteKind, SiteName, site_name
 from workloads.data.profiles import ProfileStoreError, open_profiles
 from workloads.gateway.app import Gateway
 from workloads.gateway.catalogue_sample import Sampler, UsersFileError, read_users
@@ -45,7 +45,10 @@ _GC_THRESHOLDS = (20_000, 20, 50)
 def main() -> int:
     """Exit code: 0 stopped when asked, 2 could not start."""
     parser = argparse.ArgumentParser(prog="python -m workloads.gateway", description=__doc__)
-    parser.add_argument("--site", required=True, choices=[name.value for name in SiteName])
+    parser.add_argument("--site", required=True, type=site_name, metavar="NAME")
+    parser.add_argument(
+        "--site-kind", choices=[kind.value for kind in SiteKind], help="needed for a site that the rehearsal has not"
+    )
     parser.add_argument("--listen", required=True, metavar="HOST:PORT", help="loopback address to serve at")
     served = parser.add_mutually_exclusive_group(required=True)
     served.add_argument("--editions", type=Path, metavar="FILE", help="the site's editions.json, written by its agent")
@@ -57,24 +60,27 @@ def main() -> int:
     parser.add_argument("--vault", type=Path, metavar="PATH", help="home only: vault.sqlite, keys in key/ beside it")
     parser.add_argument("--users-sample", type=Path, metavar="PATH", help="home only: users-sample.json")
     options = parser.parse_args()
-    site = SITES[SiteName(options.site)]
-    if fault := _home_fault(site, options):
+    if options.site_kind is None and options.site not in set(SiteName):
+        parser.error(f"--site-kind: say what kind of site {options.site} is")
+    known = options.site_kind is None
+    kind = SITES[SiteName(options.site)].kind if known else SiteKind(options.site_kind)
+    if fault := _home_fault(kind, options):
         parser.error(fault)
-    return run("gateway", site.name.value, options.listen, lambda: _build(site, options))
+    return run("gateway", options.site, options.listen, lambda: _build(options))
 
 
-def _home_fault(site: Site, options: argparse.Namespace) -> str | None:
+def _home_fault(kind: SiteKind, options: argparse.Namespace) -> str | None:
     """Why these options do not fit the kind of site, or None."""
     home_only = ("profiles", "vault", "users_sample")
     given = [f"--{name.replace('_', '-')}" for name in home_only if getattr(options, name) is not None]
-    if not site.is_home and given:
-        return f"{', '.join(given)}: ids and profiles of people stay at home; {site.name.value} is a cloud site"
-    if site.is_home and options.vault is None:
-        return f"--vault: {site.name.value} is home and must map users to pseudonyms"
+    if kind is not SiteKind.HOME and given:
+        return f"{', '.join(given)}: ids and profiles of people stay at home; {options.site} is a {kind.value} site"
+    if kind is SiteKind.HOME and options.vault is None:
+        return f"--vault: {options.site} is home and must map users to pseudonyms"
     return None
 
 
-def _build(site: Site, options: argparse.Namespace) -> Gateway:
+def _build(options: argparse.Namespace) -> Gateway:
     """Open everything. Raises CannotStartError."""
     metrics = StageMetrics(new_registry())
     faults = Counter(
@@ -106,7 +112,7 @@ def _build(site: Site, options: argparse.Namespace) -> Gateway:
     def serve(bundle: Bundle, delta: int) -> Serving:
         ranker = TritonRanker(options.triton, bundle.id)
         pipeline = Pipeline(
-            site=site.name,
+            site=options.site,
             bundle=bundle,
             delta=delta,
             ranker=ranker,
@@ -135,7 +141,7 @@ def _build(site: Site, options: argparse.Namespace) -> Gateway:
         )
 
     app = Gateway(
-        site=site.name,
+        site=options.site,
         editions=editions,
         retrieval=retrieval,
         intake=intake,

@@ -25,7 +25,6 @@ from workloads.contract.http import (
     Served,
     SimilarRequest,
 )
-from workloads.contract.sites import SiteName
 from workloads.contract.slo import CANDIDATES_RANKED, Endpoint, Rung, Stage
 from workloads.contract.tensors import PAD
 from workloads.data.definitions import Touch
@@ -97,7 +96,7 @@ class Pipeline:
     def __init__(
         self,
         *,
-        site: SiteName,
+        site: str,
         bundle: Bundle,
         delta: int = 0,
         ranker: Ranker,
@@ -219,7 +218,7 @@ class Pipeline:
         timer.lap(Stage.RULES)
         served = Served(
             rung=course.rung,
-            site=self.site.value,
+            site=self.site,
             bundle=self.bundle.short,
             delta=self.delta,
             stages_ms={stage: round(spent, 3) for stage, spent in timer.stages_ms.items()},

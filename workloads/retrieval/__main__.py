@@ -14,7 +14,7 @@ import time
 from workloads.bundle.site import EditionsWatch, SiteDirectory
 from workloads.bundle.store import Bundle, BundleFault, open_bundle
 from workloads.contract.http import PATH_CANDIDATES
-from workloads.contract.sites import SiteName
+from workloads.contract.sites import site_name
 from workloads.retrieval.app import create_app
 from workloads.retrieval.dense import ModelFault
 from workloads.retrieval.editions import Editions, follow
@@ -28,7 +28,7 @@ from workloads.telemetry.service import CannotStartError, Service, run
 def main() -> int:
     """Exit code: 0 stopped when asked, 2 could not start."""
     parser = argparse.ArgumentParser(prog="python -m workloads.retrieval", description=__doc__)
-    parser.add_argument("--site", required=True, choices=[site.value for site in SiteName], help="name of the site")
+    parser.add_argument("--site", required=True, type=site_name, metavar="NAME", help="name of the site")
     parser.add_argument("--listen", required=True, metavar="HOST:PORT", help="loopback address to serve at")
     served = parser.add_mutually_exclusive_group(required=True)
     served.add_argument(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import os
 import re
 import signal
 import socket
@@ -41,6 +42,10 @@ STOP_WITHIN_S: Final = 3
 """Seconds that answers under way have to finish after SIGTERM; the whole stop stays below five."""
 KEEP_ALIVE_S: Final = 75
 """Longer than a client's pool keeps an idle connection, so that it is never us who close under a request."""
+
+LISTEN_VARIABLE: Final = "RANKBRIDGE_LISTEN"
+LISTEN_ANYWHERE: Final = "anywhere"
+"""Lets a server listen beyond loopback: only for a pod, whose callers a NetworkPolicy chooses."""
 
 Scope = Mapping[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -301,11 +306,12 @@ class CannotStartError(Exception):
         self.remedy = remedy
 
 
-def listen(address: str) -> socket.socket:
+def listen(address: str, *, anywhere: bool = False) -> socket.socket:
     """A bound socket for `host:port`, not yet accepting; port 0 takes a free one.
 
     Bound before the rest is loaded, so that a taken port is known at once. Raises CannotStartError on an
-    address that is not loopback (these servers ask nobody who they are) or is taken.
+    address that is not loopback (these servers ask nobody who they are; `anywhere` says that others see to that) or is
+    taken.
     """
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
@@ -318,10 +324,11 @@ def listen(address: str) -> socket.socket:
         raise CannotStartError(
             f"cannot listen at {address!r}", "give an IP address and a port, 127.0.0.1:8082"
         ) from error
-    if not ip.is_loopback:
+    if not ip.is_loopback and not anywhere:
         raise CannotStartError(
             f"refuse to listen at {address}: internal servers do not authenticate their callers",
-            "give a loopback address, 127.0.0.1:8082",
+            "give a loopback address, 127.0.0.1:8082; "
+            f"in a pod behind a NetworkPolicy set {LISTEN_VARIABLE}={LISTEN_ANYWHERE}",
         )
     bound = socket.socket(socket.AF_INET6 if ip.version == 6 else socket.AF_INET, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -344,7 +351,8 @@ def run(role: str, site: str, address: str, build: Callable[[], Application]) ->
     log.configure(role, site)
     with _stop_while_starting():
         try:
-            with contextlib.closing(listen(address)) as bound:
+            anywhere = os.environ.get(LISTEN_VARIABLE) == LISTEN_ANYWHERE
+            with contextlib.closing(listen(address, anywhere=anywhere)) as bound:
                 host, port = bound.getsockname()[:2]
                 service = build()
                 config = uvicorn.Config(

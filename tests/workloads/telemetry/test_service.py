@@ -173,6 +173,14 @@ def test_a_server_listens_at_loopback_addresses_only(address: str):
         listen(address)
 
 
+def test_a_server_listens_on_a_pods_address_only_when_it_is_told_that_others_guard_it():
+    with listen("0.0.0.0:0", anywhere=True) as bound:
+        assert bound.getsockname()[1] > 0
+    with pytest.raises(CannotStartError) as caught:
+        listen("0.0.0.0:0")
+    assert "RANKBRIDGE_LISTEN=anywhere" in caught.value.remedy
+
+
 def test_a_taken_port_is_one_sentence_with_a_remedy():
     with listen("127.0.0.1:0") as first:
         first.listen()
