@@ -28,6 +28,8 @@ from infra.controlplane.credentials import Credentials, make_credentials
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 BINARIES: Final = ROOT / ".tools" / "controlplane"
+CRDS: Final = BINARIES / "crds"
+"""Definitions of prometheus-operator's and KEDA's kinds, as their Go modules hold them."""
 MODULES: Final[Mapping[str, tuple[str, ...]]] = {
     "etcd": ("go.etcd.io/etcd/server/v3",),
     "kubernetes": (
@@ -58,10 +60,10 @@ def command_name(package: str) -> str:
 
 
 def missing_binaries() -> list[str]:
-    """Commands that are not built yet, or were built from other versions."""
-    from infra.controlplane.build import is_current  # noqa: PLC0415 - the build is not needed to run
+    """Commands and definitions that are not built yet, or were built from other versions."""
+    from infra.controlplane.build import crds_are_current, is_current  # noqa: PLC0415 - the build is not needed to run
 
-    return [folder for folder in MODULES if not is_current(folder)]
+    return [folder for folder in MODULES if not is_current(folder)] + ([] if crds_are_current() else ["crds"])
 
 
 @dataclasses.dataclass
@@ -73,6 +75,12 @@ class ControlPlane:
     service_range: str = SERVICE_RANGE
     node_monitor_grace_s: int = 50
     """How long a node may be silent before it counts as lost: Kubernetes' own default."""
+    autoscaler_sync_s: int = 15
+    """How often the autoscaler of pods looks: Kubernetes' own default."""
+    pod_start_ms: int = 0
+    """How long a pod is scheduled before KWOK calls it ready."""
+    admission: str = ""
+    """An AdmissionConfiguration, such as the foundation's."""
     runtime_config: Sequence[str] = ()
     _children: dict[str, subprocess.Popen[bytes]] = dataclasses.field(default_factory=dict)
     _ports: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -81,6 +89,11 @@ class ControlPlane:
     def kubeconfig(self) -> Path:
         """For an administrator (`system:masters`)."""
         return self.home / "admin.kubeconfig"
+
+    @property
+    def front_proxy_ca(self) -> Path:
+        """Who signs the certificate that the API server shows to servers behind it."""
+        return self.home / "credentials" / "front-proxy-ca.crt"
 
     @property
     def server(self) -> str:
@@ -117,11 +130,15 @@ class ControlPlane:
 
     def stop(self) -> None:
         """End all children; those that do not go are killed. etcd goes last."""
-        order = ["kwok", "scheduler", "controller-manager", "apiserver", "etcd"]
+        last = ("scheduler", "controller-manager", "apiserver", "etcd")
+        order = [name for name in self._children if name not in last]
+        order += [name for name in last if name in self._children]
         for name in order:
-            if child := self._children.get(name):
-                # kube-apiserver waits a minute for watchers when it is asked politely, and there is nothing to save.
-                child.send_signal(signal.SIGKILL if name == "apiserver" else signal.SIGTERM)
+            child = self._children[name]
+            # kube-apiserver waits a minute for watchers when it is asked politely, and there is nothing to save. A
+            # frozen part hears nothing until it goes on.
+            child.send_signal(signal.SIGKILL if name == "apiserver" else signal.SIGTERM)
+            child.send_signal(signal.SIGCONT)
         deadline = time.monotonic() + STOP_SECONDS
         for name in order:
             if child := self._children.pop(name, None):
@@ -149,12 +166,22 @@ class ControlPlane:
             name,
             "kwok",
             f"--kubeconfig={self.home / 'kwok.kubeconfig'}",
-            f"--config={self.binaries / 'stages.yaml'}",
+            f"--config={self._stages()}",
             "--manage-all-nodes=false",
             f"--manage-nodes-with-label-selector={selector}",
             f"--node-lease-duration-seconds={LEASE_SECONDS}",
             "--enable-crds=",
         )
+
+    def _stages(self) -> Path:
+        """KWOK's stages, with the time that a pod takes to become ready."""
+        stages = list(yaml.safe_load_all((self.binaries / "stages.yaml").read_text()))
+        for stage in stages:
+            if stage["metadata"]["name"] == "pod-ready" and self.pod_start_ms:
+                stage["spec"]["delay"] = {"durationMilliseconds": self.pod_start_ms}
+        path = self.home / "stages.yaml"
+        path.write_text(yaml.safe_dump_all(stages))
+        return path
 
     def stop_part(self, name: str) -> None:
         """Kill one part for good."""
@@ -201,7 +228,7 @@ class ControlPlane:
             "--service-account-issuer=https://kubernetes.default.svc",
             f"--service-cluster-ip-range={self.service_range}",
             "--authorization-mode=Node,RBAC",
-            "--enable-admission-plugins=NodeRestriction,PodNodeSelector",
+            "--enable-admission-plugins=NodeRestriction",
             "--allow-privileged=true",
             # A loopback address may not stand in the endpoints of `kubernetes.default`.
             "--endpoint-reconciler-type=none",
@@ -213,8 +240,14 @@ class ControlPlane:
             f"--proxy-client-cert-file={c.front_proxy_certificate}",
             f"--proxy-client-key-file={c.front_proxy_key}",
             "--shutdown-delay-duration=0s",
+            *([f"--admission-control-config-file={self._admission()}"] if self.admission else []),
             *([f"--runtime-config={','.join(self.runtime_config)}"] if self.runtime_config else []),
         )
+
+    def _admission(self) -> Path:
+        path = self.home / "admission.yaml"
+        path.write_text(self.admission)
+        return path
 
     def _start_controller_manager(self, credentials: Credentials) -> None:
         self._launch(
@@ -228,6 +261,7 @@ class ControlPlane:
             "--bind-address=127.0.0.1",
             f"--secure-port={self._ports['controller-manager']}",
             f"--node-monitor-grace-period={self.node_monitor_grace_s}s",
+            f"--horizontal-pod-autoscaler-sync-period={self.autoscaler_sync_s}s",
             "--authorization-always-allow-paths=/healthz",
         )
 

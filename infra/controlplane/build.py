@@ -1,25 +1,37 @@
 """Builds the control plane's commands from their Go modules, once for each set of versions.
 
 Needs Go and the module proxy. What is built lies in `.tools/controlplane/`, with a stamp of the `go.mod` and `go.sum`
-that it came from; Go's own cache makes a second clone quick.
+that it came from; Go's own cache makes a second clone quick. Kinds of prometheus-operator and KEDA, which do not run
+here, come from their modules too, so that what is declared of them is judged by their own schemas.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from infra.controlplane import BINARIES, MODULES, ControlPlaneError, command_name
+from infra.controlplane import BINARIES, CRDS, MODULES, ControlPlaneError, command_name
 
 SOURCES: Final = Path(__file__).parent
 STAGES: Final = BINARIES / "stages.yaml"
 _STAGE_FOLDERS: Final = ("node/fast", "node/heartbeat-with-lease", "pod/fast")
+CRD_FILES: Final[Mapping[str, tuple[str, ...]]] = {
+    "github.com/prometheus-operator/prometheus-operator": tuple(
+        f"example/prometheus-operator-crd/monitoring.coreos.com_{kind}.yaml"
+        for kind in ("podmonitors", "prometheusrules", "servicemonitors")
+    ),
+    "github.com/kedacore/keda/v2": tuple(
+        f"config/crd/bases/keda.sh_{kind}.yaml" for kind in ("scaledobjects", "triggerauthentications")
+    ),
+}
+"""Go module -> the definitions of kinds in it that the apps declare."""
 
 
 def digest(folder: str) -> str:
@@ -35,6 +47,14 @@ def is_current(folder: str) -> bool:
     stamp = BINARIES / f".{folder}-stamp"
     there = all((BINARIES / command_name(package)).exists() for package in MODULES[folder])
     return there and stamp.exists() and stamp.read_text() == digest(folder)
+
+
+def crds_are_current() -> bool:
+    """Whether the definitions of foreign kinds stand and are of these versions."""
+    stamp = CRDS / ".stamp"
+    names = [path.rpartition("/")[2] for paths in CRD_FILES.values() for path in paths]
+    there = all((CRDS / name).exists() for name in names)
+    return there and stamp.exists() and stamp.read_text() == digest("crds")
 
 
 def build(say: Callable[[str], None]) -> None:
@@ -62,6 +82,9 @@ def build(say: Callable[[str], None]) -> None:
             _copy_stages()
         (BINARIES / f".{folder}-stamp").write_text(digest(folder))
         say(f"control plane {number}/{len(pending)}: done in {time.monotonic() - began:.0f} s")
+    if not crds_are_current():
+        say("control plane: copying definitions of prometheus-operator's and KEDA's kinds")
+        _copy_crds()
 
 
 def kubernetes_version() -> str:
@@ -90,6 +113,18 @@ def _copy_stages() -> None:
     if not documents:
         raise ControlPlaneError(f"the KWOK module has no stages under {source}")
     STAGES.write_text("\n---\n".join(documents))
+
+
+def _copy_crds() -> None:
+    """Definitions of kinds, out of modules that are fetched and compared with `go.sum` but never compiled."""
+    CRDS.mkdir(exist_ok=True)
+    for module, paths in CRD_FILES.items():
+        source = Path(json.loads(_go("mod", "download", "-json", module, at="crds"))["Dir"])
+        for path in paths:
+            if not (source / path).exists():
+                raise ControlPlaneError(f"the module {module} has no {path}: the version in crds/go.mod moved it")
+            (CRDS / Path(path).name).write_bytes((source / path).read_bytes())
+    (CRDS / ".stamp").write_text(digest("crds"))
 
 
 def _go(*arguments: str, at: str) -> str:
