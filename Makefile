@@ -52,6 +52,7 @@ lock: setup ## resolve requirements/*.in anew, with hashes
 	  echo "lock: requirements/$$name.in"; \
 	  $(UV) pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header \
 	    $(if $(UPGRADE),--upgrade) requirements/$$name.in -o requirements/$$name.txt; done
+	@$(MAKE) lock-images
 
 acceptance: setup ## what is promised, on this machine: checks, tests, green and red rehearsals (about 45 min)
 	@.ci/acceptance
@@ -68,3 +69,4 @@ distclean: clean ## as clean, and remove the environments too
 	@rm -rf .venv .tools
 
 include infra/infra.mk
+include images/images.mk

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rankbridge import asked, bundles, interrupts, jobs, load, people
+from rankbridge import asked, bundles, images, interrupts, jobs, load, people
 from rankbridge.asked import DataSource, Request
 from rankbridge.cloud import CloudForm, stop_localstack
 from rankbridge.faults import DeskError, ExitCode, ManyFaults
@@ -43,6 +43,7 @@ app = typer.Typer(
 )
 app.add_typer(bundles.app, name="bundle")
 app.add_typer(bundles.audit, name="audit")
+app.add_typer(images.app, name="images")
 app.add_typer(people.app)
 
 _LOG_WIDTH = 120
