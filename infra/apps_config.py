@@ -16,6 +16,7 @@ from typing import Final
 from infra import plan
 from infra.plan import Fault, FaultsError
 from infra.reading import Reader
+from infra.rules.kubernetes import TRITON_FLOOR
 from workloads.contract.sites import SiteClass, SiteKind
 
 LAYER: Final = "apps"
@@ -28,8 +29,6 @@ _PASSWORD: Final = re.compile(r"[A-Za-z0-9._-]{24,128}")
 _QUANTITY_CPU: Final = r"[1-9]\d{0,4}m?"
 _QUANTITY_BYTES: Final = r"[1-9]\d{0,4}(Mi|Gi|Ti)"
 _PUBLIC_KEY: Final = r"-----BEGIN PUBLIC KEY-----\n[A-Za-z0-9+/=\n]+-----END PUBLIC KEY-----\n?"
-TRITON_FLOOR: Final = (26, 7)
-"""Releases before 26.07 lack fixes of published vulnerabilities."""
 
 
 class Role(enum.StrEnum):

@@ -63,6 +63,8 @@ class ServiceArgs:
     waits_s: int = GATEWAY_WAITS_S
     metrics: Sequence[str] = ()
     """Names of ports with /metrics; none where nobody watches."""
+    annotations: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Of its pods."""
     exceptions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Checks of kube-score that do not apply, with the reason."""
 
@@ -127,7 +129,7 @@ class Service(pulumi.ComponentResource):
         return k8s.core.v1.PodTemplateSpecArgs(
             metadata=k8s.meta.v1.ObjectMetaArgs(
                 labels={**self._labels, ROTATION_LABEL: IN_ROTATION},
-                annotations=pods.exceptions(args.exceptions),
+                annotations={**pods.exceptions(args.exceptions), **args.annotations},
             ),
             spec=k8s.core.v1.PodSpecArgs(
                 service_account_name=self._name,

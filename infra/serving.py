@@ -17,6 +17,7 @@ from infra import pods, service
 from infra.apps_config import AppsConfig, Engine, Image, Resources, Role, RoleSettings, SiteSettings
 from infra.edges import REDIS_PORT, SERVING
 from infra.pods import Access, Probes, mount
+from infra.rules.kubernetes import TRITON_RELEASE
 from infra.service import ServiceArgs
 from workloads.contract.editions import EDITIONS_FILE
 from workloads.contract.sites import PORTS, Listener, SiteKind
@@ -265,6 +266,7 @@ class Serving:
             runtime_class="nvidia" if site.has_gpus else "",
             waits_s=service.HOLDER_WAITS_S if site.has_gpus else service.GATEWAY_WAITS_S,
             metrics=("metrics",),
+            annotations={TRITON_RELEASE: config.triton_release},
         )
 
     def _feature_store(self, site: SiteSettings, settings: RoleSettings, policy: Input[Any]) -> ServiceArgs:

@@ -19,9 +19,9 @@ from pulumi_policy import (
 )
 from pulumi_policy.proxy import UnknownValueError
 
-from infra.rules import UNKNOWN, Context, Resource, Rule, evaluate
-from infra.rules.foundation import RULES
+from infra.rules import UNKNOWN, Context, Resource, Rule, evaluate, foundation, kubernetes
 
+RULES = (*foundation.RULES, *kubernetes.RULES)
 ONE = Context(secrets_marked=False, everything=False)
 ALL = Context(secrets_marked=False, everything=True)
 

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from infra.rules import SECRET, UNKNOWN, Resource, Value, evaluate
-from infra.rules.foundation import RULES
+from infra.rules import SECRET, UNKNOWN, Resource, Value, evaluate, foundation, kubernetes
 
+RULES: Final = (*foundation.RULES, *kubernetes.RULES)
 _UNKNOWN: Final = "04da6b54-80e4-46f7-96ec-b56ff0331ba9"
 _SIGNATURE: Final = "4dabf18193072939515e22adb298388d"
 _GONE: Final = frozenset({"delete", "delete-replaced", "discard", "discard-replaced", "read-discard"})

@@ -12,7 +12,7 @@ import pytest
 
 from infra.recording import Recording
 from infra.rules import UNKNOWN
-from infra.rules.foundation import RULES
+from infra.rules.preview import RULES
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = ROOT / "policy" / ".venv" / "bin" / "python"
