@@ -19,7 +19,7 @@ from workloads.contract.sites import SiteClass
 from workloads.contract.tensors import ITEM_TOWER, QUERY_TOWER, RANKER, USER_TOWER, Signature
 
 SCHEMA_VERSION: Final = 1
-ID_PATTERN: Final = r"^[0-9a-f]{64}$"
+ID_PATTERN: Final = r"^[0-9a-f]{64}$(?!\n)"
 SHORT: Final = 12
 """Hex digits of an id that travel in answers and Triton model names."""
 

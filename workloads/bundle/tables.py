@@ -55,7 +55,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         raw = file.read(length)
     try:
         header = json.loads(raw, object_pairs_hook=_once)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"the safetensors header is not JSON: {error}") from None
     if not isinstance(header, dict):
         raise ValueError("the safetensors header is not an object")
@@ -106,6 +106,22 @@ def open_tables(path: Path) -> dict[str, Array]:
         else np.zeros(shape, dtype)
         for name, (dtype, shape, offset) in read_header(path).items()
     }
+
+
+def item_values_fault(tables: Mapping[str, Array], last: Mapping[str, int]) -> str | None:
+    """Why these item tables are not safe to compute and to index with, or None.
+
+    `last` is the greatest index that a table may hold, by name.
+    """
+    for name, table in tables.items():
+        if table.dtype.kind == "f" and not np.isfinite(table).all():
+            return f"the table {name!r} has numbers that are not finite"
+    for name, most in last.items():
+        if tables[name].min(initial=0) < 0:
+            return f"the table {name!r} has numbers below 0"
+        if (found := tables[name].max(initial=0)) > most:
+            return f"the table {name!r} goes up to {found}; the last is {most}"
+    return None
 
 
 def item_tables_fault(header: Mapping[str, Entry], rows: int) -> str | None:

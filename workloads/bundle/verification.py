@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickletools
 import stat
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,7 @@ import numpy as np
 
 from workloads.bundle import manifest as m
 from workloads.bundle.probes import open_probes
-from workloads.bundle.tables import item_tables_fault, read_header
+from workloads.bundle.tables import item_tables_fault, item_values_fault, open_tables, read_header
 from workloads.contract.tensors import VECTOR_DIM, FeatureSchema, Signature, TensorSpec
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def read_features(bundle: Path) -> FeatureSchema:
     """`features.json`. Raises BundleFault."""
     try:
         return msgspec.json.decode((bundle / m.FEATURES).read_bytes(), type=FeatureSchema)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleFault(bundle, m.FEATURES, str(error)) from None
 
 
@@ -171,15 +172,28 @@ def _check_harmless(bundle: Path, name: str) -> None:
 def _check_json(bundle: Path, name: str, _features: FeatureSchema) -> None:
     try:
         msgspec.json.decode((bundle / name).read_bytes())
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleFault(bundle, name, f"is not JSON: {error}") from None
 
 
 def _check_text(bundle: Path, name: str, _features: FeatureSchema) -> None:
+    data = (bundle / name).read_bytes()
+    if _is_pickle(data):
+        raise BundleFault(bundle, name, "is a pickle, which runs code when it is opened")
     try:
-        (bundle / name).read_text(encoding="utf-8")
+        data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BundleFault(bundle, name, f"is not UTF-8 text: {error}") from None
+
+
+def _is_pickle(data: bytes) -> bool:
+    """Whether an unpickler would read this to its end, also in the first protocols, which begin with no mark."""
+    try:
+        for _ in pickletools.genops(data):  # reads, and runs nothing
+            pass
+    except Exception:  # whatever its parts raise: text that means nothing to it
+        return False
+    return True
 
 
 def _check_safetensors(bundle: Path, name: str, features: FeatureSchema) -> None:
@@ -192,8 +206,15 @@ def _check_safetensors(bundle: Path, name: str, features: FeatureSchema) -> None
             open_probes(bundle / name)
         except ValueError as error:
             raise BundleFault(bundle, name, str(error)) from None
-    if name == m.ITEM_TABLES_FILE and (fault := item_tables_fault(header, features.items + 1)):
-        raise BundleFault(bundle, name, fault)
+    if name == m.ITEM_TABLES_FILE:
+        last = {
+            "neighbours": features.items,
+            "category": len(features.categories),
+            "price_band": len(features.price_edges) + 1,
+        }
+        fault = item_tables_fault(header, features.items + 1) or item_values_fault(open_tables(bundle / name), last)
+        if fault:
+            raise BundleFault(bundle, name, fault)
 
 
 def _check_parquet(bundle: Path, name: str, features: FeatureSchema) -> None:
@@ -209,10 +230,20 @@ def _check_parquet(bundle: Path, name: str, features: FeatureSchema) -> None:
         return
     if metadata.num_rows != features.items:
         raise BundleFault(bundle, name, f"has {metadata.num_rows} rows; the feature schema has {features.items} items")
-    columns = set(metadata.schema.to_arrow_schema().names)
+    schema = metadata.schema.to_arrow_schema()
     for column in ("item", "title", "description", "category"):
-        if column not in columns:
+        if column not in schema.names:
             raise BundleFault(bundle, name, f"the column {column!r} is missing")
+        kind = schema.field(column).type
+        plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not (pa.types.is_string(plain) or pa.types.is_large_string(plain) or pa.types.is_string_view(plain)):
+            raise BundleFault(bundle, name, f"the column {column!r} is {kind}, not text")
+    try:
+        nameless = pq.read_table(bundle / name, columns=["item"], use_threads=False).column("item").null_count
+    except (pa.ArrowException, OSError) as error:
+        raise BundleFault(bundle, name, f"cannot be read: {error}") from None
+    if nameless:
+        raise BundleFault(bundle, name, f"the column 'item' has {nameless} rows without a value")
 
 
 def _check_faiss(bundle: Path, name: str, features: FeatureSchema) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Final
 
 import msgspec
 
-DIGEST_PATTERN = r"^[0-9a-f]{64}$"
+DIGEST_PATTERN = r"^[0-9a-f]{64}$(?!\n)"
 CHANNEL_PATTERN = r"^[a-z][a-z0-9-]{0,31}$(?!\n)"
 """Names of channels, which become keys and file names."""
 STABLE: Final = "stable"

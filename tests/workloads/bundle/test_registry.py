@@ -446,6 +446,13 @@ def test_a_move_whose_answer_is_lost_is_known_by_looking(signed: Made, kind: Kin
         assert registry.pointer("stable")[0].sequence == 1
 
 
+def test_an_id_ends_with_its_last_digit() -> None:
+    with pytest.raises(msgspec.ValidationError, match="matching regex"):
+        msgspec.json.decode(msgspec.json.encode({"bundle": "a" * 64 + "\n"}), type=Release)
+    with pytest.raises(msgspec.ValidationError, match="matching regex"):
+        msgspec.json.decode(msgspec.json.encode({"sha256": "a" * 64 + "\n", "size": 1}), type=m.FileEntry)
+
+
 def test_a_pointer_that_is_none_is_told(registry: Registry) -> None:
     for planted, reason in (
         (b"{}", "no pointer"),

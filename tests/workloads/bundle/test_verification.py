@@ -181,6 +181,12 @@ def test_a_pickle_under_another_name_is_refused(bundle: Path, protocol: int) -> 
     _refused(_seal(bundle), "ranker.onnx", "is a pickle")
 
 
+@pytest.mark.parametrize("protocol", [0, 1])
+def test_a_pickle_of_the_first_protocols_does_not_pass_for_text(bundle: Path, protocol: int) -> None:
+    (bundle / m.MODEL_CARD).write_bytes(pickle.dumps({"weights": [1.0]}, protocol))
+    _refused(_seal(bundle), m.MODEL_CARD, "is a pickle")
+
+
 def test_a_torch_archive_under_another_name_is_refused(bundle: Path) -> None:
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w") as archive:
@@ -219,6 +225,7 @@ def _tensor(begin: int, end: int, dtype: str = "F32", shape: list[int] | None = 
         (_safetensors(b'{"a": {}, "a": {}}', bytes(8)), "stands twice"),
         (_safetensors(b"[]", bytes(8)), "not an object"),
         (_safetensors(b"{", bytes(8)), "not JSON"),
+        (_safetensors(b"[" * 300_000, b""), "not JSON"),
         ((1 << 40).to_bytes(8, "little") + bytes(8), "cut short or too long"),
         (b"abc", "cut short or too long"),
     ],
@@ -235,6 +242,10 @@ def test_malformed_safetensors_are_refused(bundle: Path, data: bytes, reason: st
         (lambda tables: tables.update(price=tables["price"][:-1]), "'price' is float32"),
         (lambda tables: tables.update(price=tables["price"].astype(np.float64)), "'price' is float64"),
         (lambda tables: tables.update(user_vectors=np.zeros(3, np.float32)), "no table 'user_vectors'"),
+        (lambda tables: tables["vectors"].fill(np.nan), "'vectors' has numbers that are not finite"),
+        (lambda tables: tables["neighbours"].fill(31), "'neighbours' goes up to 31; the last is 30"),
+        (lambda tables: tables["neighbours"].fill(-1), "'neighbours' has numbers below 0"),
+        (lambda tables: tables["category"].fill(10**6), "'category' goes up to 1000000"),
     ],
 )
 def test_tables_that_are_not_the_contracts_are_refused(
@@ -303,6 +314,28 @@ def test_a_catalogue_of_another_length_or_without_titles_is_refused(bundle: Path
     _refused(sealed, m.CATALOGUE, "'title' is missing")
     (sealed / m.CATALOGUE).write_bytes(b"PAR0")
     _refused(_seal(sealed), m.CATALOGUE, "is not a Parquet file")
+
+
+@pytest.mark.parametrize("column", ["item", "title"])
+@pytest.mark.parametrize(
+    "values",
+    [list(range(30)), [[str(n)] for n in range(30)], [None, *map(str, range(29))]],
+    ids=["ints", "lists", "null"],
+)
+def test_a_catalogue_whose_ids_or_texts_are_none_is_refused(bundle: Path, column: str, values: list[Any]) -> None:
+    catalogue = pq.read_table(bundle / m.CATALOGUE)
+    place = catalogue.column_names.index(column)
+    pq.write_table(catalogue.set_column(place, column, pa.array(values)), bundle / m.CATALOGUE)
+    sealed = _seal(bundle)
+    if None in values and column == "title":
+        assert verify(sealed)  # nobody gave one
+    else:
+        _refused(sealed, m.CATALOGUE, f"the column '{column}'")
+
+
+def test_json_that_is_nested_too_deep_to_be_read_is_refused(bundle: Path) -> None:
+    (bundle / "more.json").write_bytes(b"[" * 200_000 + b"]" * 200_000)
+    _refused(_seal(bundle), "more.json", "is not JSON")
 
 
 def test_an_index_of_another_kind_or_size_is_refused(bundle: Path) -> None:
