@@ -183,7 +183,7 @@ def encode(pointer: ChannelPointer) -> bytes:
 def _decode(key: str, channel: str, data: bytes) -> ChannelPointer:
     try:
         pointer = msgspec.json.decode(data, type=ChannelPointer)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RegistryFault(f"{key} is no pointer of a channel: {error}", "put back the version before it") from None
     if pointer.schema_version != POINTER_SCHEMA:
         fault = f"{key} has schema version {pointer.schema_version}; this release reads version {POINTER_SCHEMA}"

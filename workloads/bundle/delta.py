@@ -102,7 +102,10 @@ def encode(manifest: DeltaManifest) -> bytes:
 
 def decode(data: bytes) -> DeltaManifest:
     """The manifest in `data`. Raises ValueError: not JSON, an unknown schema version, a field at fault by its path."""
-    version = msgspec.json.decode(data, type=_Version).schema_version
+    try:
+        version = msgspec.json.decode(data, type=_Version).schema_version
+    except RecursionError:
+        raise ValueError("is nested too deep to be read") from None
     if version != SCHEMA_VERSION:
         raise ValueError(f"schema version {version}; this release reads version {SCHEMA_VERSION}")
     manifest = msgspec.json.decode(data, type=DeltaManifest)

@@ -147,7 +147,10 @@ def decode(data: bytes) -> Manifest:
     Raises ValueError: not JSON, a schema version that this release does not know, or a field at
     fault (named by its path).
     """
-    version = msgspec.json.decode(data, type=_Version).schema_version
+    try:
+        version = msgspec.json.decode(data, type=_Version).schema_version
+    except RecursionError:
+        raise ValueError("is nested too deep to be read") from None
     if version != SCHEMA_VERSION:
         raise ValueError(f"schema version {version}; this release reads version {SCHEMA_VERSION}")
     return msgspec.json.decode(data, type=Manifest)

@@ -110,7 +110,7 @@ def read_files(objects: ObjectStore, form: Form, identity: str) -> Files | None:
         return None
     try:
         return msgspec.json.decode(data, type=Files)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         fault = f"{form.manifest_key(identity)} names its files in a way that this release cannot read: {error}"
         raise RegistryFault(fault, "use the release that published it") from None
 

@@ -129,7 +129,7 @@ class Trust:
             statement = msgspec.json.decode(payload, type=_Payload)
         except InvalidSignature:
             raise SignatureFault(name, f"was not made with the key {signer.fingerprint}", _REMEDY) from None
-        except (msgspec.DecodeError, UnicodeDecodeError, binascii.Error, IndexError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, binascii.Error, IndexError) as error:
             raise SignatureFault(name, f"holds no signed statement ({error})", _REMEDY) from None
         if len(statement.subject) != 1:
             raise SignatureFault(name, f"is of {len(statement.subject)} directories, not of one", _REMEDY)
@@ -296,7 +296,7 @@ def _hint(signature: bytes, name: str) -> str:
         raise SignatureFault(name, f"is larger than {SIGNATURE_MAX} bytes", "publish the bundle again")
     try:
         return msgspec.json.decode(signature, type=_Sidecar).verification_material.public_key.hint
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise SignatureFault(
             name, f"is no signature by a key ({error})", "sign the bundle and publish it again"
         ) from None

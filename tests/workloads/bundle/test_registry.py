@@ -23,6 +23,7 @@ from mortality import ACTOR, Made
 from onnx import TensorProto, helper
 
 from infra.emulator import Emulator
+from workloads.bundle import delta as d
 from workloads.bundle import fetching
 from workloads.bundle import manifest as m
 from workloads.bundle.fake import build_fake_bundle
@@ -444,6 +445,22 @@ def test_a_move_whose_answer_is_lost_is_known_by_looking(signed: Made, kind: Kin
         with pytest.raises(Unavailable):
             move.promote("stable", signed.new_release, ACTOR)
         assert registry.pointer("stable")[0].sequence == 1
+
+
+def test_what_is_nested_too_deep_to_be_read_is_refused_wherever_it_was_put(
+    signed: Made, registry: Registry, tmp_path: Path
+) -> None:
+    deep = b'{"x":' + b"[" * 200_000 + b"]" * 200_000 + b"}"
+    for decode in (m.decode, d.decode):
+        with pytest.raises(ValueError, match="too deep"):
+            decode(deep)
+    _publish(registry, signed.new)
+    _memory(registry).plant(signature_key(signed.new.name), deep)
+    with pytest.raises(SignatureFault, match="is no signature"):
+        registry.fetch(signed.new.name, tmp_path)
+    assert [one.signer for one in registry.list()] == [None]
+    _memory(registry).plant(manifest_key("a" * 64), deep)
+    assert registry.gc(1, actor=ACTOR).bundles == []
 
 
 def test_an_id_ends_with_its_last_digit() -> None:
