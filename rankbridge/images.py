@@ -257,7 +257,7 @@ def pin(
         held = registries.logins(registries.login_files(os.environ, Path.home()))
         asked = registries.Registries(client, held)
         if stack is None:
-            _pin_bases(asked, upstream)
+            pin_bases(asked, upstream)
             return
         path = _stack_file(stack)
         ours = {one.name for one in DEPLOYABLES}
@@ -334,7 +334,8 @@ def write_pins(path: Path, pins: Mapping[str, str]) -> None:
     replace_file(path, after.encode())
 
 
-def _pin_bases(asked: Registries, upstream: Upstream) -> None:
+def pin_bases(asked: Registries, upstream: Upstream) -> None:
+    """Write the digests of what images are built on beside their tags. Raises DeskError."""
     text = upstream.path.read_text()
     for name, digest in _digests(asked, upstream.bases).items():
         reference = upstream.bases[name]
