@@ -234,11 +234,12 @@ def policy(world: World, party: Party, site: str) -> dict[str, Any]:
         if edge.source in OTHERS or sources:
             peers = _peers(world, edge.source, sources, NAMESPACES[party])
             ingress.append({"from": peers, "ports": [p.manifest() for p in world.ports(edge)]})
+    # An empty list is dropped by the API server, and every apply of one makes a new generation.
+    rules = {"ingress": ingress, "egress": egress}
     return {
         "podSelector": {"matchLabels": labels(party, site)},
         "policyTypes": ["Ingress", "Egress"],
-        "ingress": ingress,
-        "egress": egress,
+        **{way: some for way, some in rules.items() if some},
     }
 
 
