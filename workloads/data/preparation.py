@@ -20,6 +20,7 @@ import polars as pl
 from workloads.contract.events import POSITIVE_TYPES, Event
 from workloads.data import adapters, lake_source, simulator
 from workloads.data.cleaning import RuleCount, drop_repeats, drop_unknown_items, drop_unseen_items
+from workloads.data.custody import CustodyError, custody
 from workloads.data.dataset import DatasetMeta, FaultSummary, find_prepared, read_meta, write_dataset
 from workloads.data.definitions import REMEMBERED_MAX
 from workloads.data.events import POSITIVE, EventLog, RowFaults, TooManyFaultsError
@@ -123,8 +124,11 @@ def prepare(request: Request, home: Path, progress: Progress, *, again: bool = F
     """
     places = Places(home)
     progress.step("read", 0, 1)
-    with contextlib.closing(SqliteVault(places.vault, create=True)) as vault:
-        return _prepare(request, places, vault, progress, again=again)
+    try:
+        with custody(home, alone=False), contextlib.closing(SqliteVault(places.vault, create=True)) as vault:
+            return _prepare(request, places, vault, progress, again=again)
+    except CustodyError as error:
+        raise SourceError(error.fault, error.remedy) from None
 
 
 def _prepare(request: Request, places: Places, vault: SqliteVault, progress: Progress, *, again: bool) -> Prepared:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+from workloads.data.custody import CustodyError, custody
 from workloads.data.profiles import ProfilesDownError, ProfileStore, ProfileStoreError, open_profiles
 from workloads.erasure import rotation
 from workloads.erasure.job import SETTLE_MS, run_pass
@@ -33,6 +34,12 @@ LOOK_EVERY_S = 2.0
 """How often `--watch` looks into the queue."""
 AGAIN_AFTER_S = 15.0
 """When `--watch` tries a place again that could not be emptied."""
+
+
+_FAULTS = (
+    *(PlaceError, VaultError, KeyFileError, AuditError, ObjectsError),
+    *(CustodyError, rotation.RotationError),
+)
 
 
 class _StoppedError(BaseException):
@@ -88,7 +95,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.envi
         _run(arguments, environ, progress)
     except _StoppedError as stopped:
         return 128 + stopped.number
-    except (PlaceError, VaultError, KeyFileError, AuditError, ObjectsError, rotation.RotationError) as error:
+    except _FAULTS as error:
         progress.fault(error.fault, error.remedy)
         return EXIT_FAULT
     except (ProfileStoreError, ProfilesDownError) as error:
@@ -113,10 +120,12 @@ def _run(arguments: argparse.Namespace, environ: Mapping[str, str], progress: Pr
                 **({} if epochs.retiring is None else {"retiring": epochs.retiring}),
             )
         elif arguments.command == "rotate":
-            rotation.Rotation(arguments.home, vault, profiles, audit, progress=progress).begin()
+            with custody(arguments.home, alone=True):
+                rotation.Rotation(arguments.home, vault, profiles, audit, progress=progress).begin()
         elif arguments.command == "finish":
             held = [] if arguments.no_replicas else [Replicas(arguments.home, S3Objects(arguments.data_bucket))]
-            rotation.Rotation(arguments.home, vault, profiles, audit, progress=progress, replicas=held).finish()
+            with custody(arguments.home, alone=True):
+                rotation.Rotation(arguments.home, vault, profiles, audit, progress=progress, replicas=held).finish()
         else:
             places = places_of(
                 arguments.home,
@@ -133,9 +142,11 @@ def _erase(
 ) -> None:
     while True:
         waiting = len(vault.queue())
+        settle_ms = round(arguments.settle * 1000)
         try:
-            left_ms = run_pass(vault, places, audit, progress, clock=_now_ms, settle_ms=round(arguments.settle * 1000))
-        except (PlaceError, AuditError) as error:
+            with custody(arguments.home, alone=True) if waiting else contextlib.nullcontext():
+                left_ms = run_pass(vault, places, audit, progress, clock=_now_ms, settle_ms=settle_ms)
+        except (PlaceError, AuditError, CustodyError) as error:
             if not arguments.watch:
                 raise
             progress.note("erase", f"{error}; trying again")

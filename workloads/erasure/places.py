@@ -282,11 +282,12 @@ def places_of(
     bucket: ObjectStore | None,
     knows: Callable[[str], bool],
 ) -> Sequence[Place]:
-    """Every place of a home, in the order in which they must be emptied."""
-    places: list[Place] = [Spool(intake, home / "onprem" / "events.sqlite"), LakeFiles(home / "onprem" / "lake")]
+    """Every place of a home, in the order in which they must be emptied, under `data.custody`."""
+    # A data set may be loaded into the lake meanwhile; nothing is prepared of the lake (`data.custody`).
+    places: list[Place] = [Spool(intake, home / "onprem" / "events.sqlite"), DataSets(home, knows)]
+    places.append(LakeFiles(home / "onprem" / "lake"))
     if profiles is not None:
         places.append(Profiles(profiles))
-    places.append(DataSets(home, knows))
     if bucket is not None:
         places.append(Replicas(home, bucket))
     places.append(FetchedDataSets(home / "aws" / "training" / "replica"))

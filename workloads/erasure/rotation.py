@@ -4,8 +4,8 @@
 all gateways make names with the new key, and find the profile under it. `finish` renames what is kept under old names
 and destroys the old key:
 
-- the lake's events (user, session, names in contexts), no older snapshot stays;
 - prepared data sets (user, session, what the simulator planted), under new digests and names;
+- the lake's events (user, session, names in contexts), no older snapshot stays;
 - profiles under old names go; replicas and fetched copies with old names go, and the next push sends the renamed ones.
 
 A user's new name is computed from the vault. A session's is the keyed hash of its old name: home does not know what it
@@ -47,7 +47,10 @@ class RotationError(Exception):
 
 
 class Rotation:
-    """The change of key of one home. `replicas` are the places outside of which old names must go as well."""
+    """The change of key of one home, under `data.custody`.
+
+    `replicas` are the places outside of which old names must go as well.
+    """
 
     def __init__(
         self,
@@ -97,9 +100,9 @@ class Rotation:
         def change(name: str) -> str:
             return key.session(name) if name.startswith(prefix) else names.get(name, name)
 
-        files = self._rename_lake(change)
-        sets = rename_people(self._home, change, epochs.current)
+        sets = rename_people(self._home, change, epochs.current)  # before the lake, into which one may be loaded
         self._progress.step("data sets", len(sets), len(sets))
+        files = self._rename_lake(change)
         profiles = 0
         if self._profiles is not None:
             self._profiles.copy(names)

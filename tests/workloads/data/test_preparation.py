@@ -270,7 +270,7 @@ def test_a_signal_ends_the_job_and_leaves_nothing_half_written(tmp_path: Path, n
     assert "Traceback" not in errors
     assert '"kind":"result"' not in rest
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
-    assert left == ["onprem/key/pseudonym-1.key", "onprem/vault.sqlite"]
+    assert left == ["onprem/custody.lock", "onprem/key/pseudonym-1.key", "onprem/vault.sqlite"]
 
 
 def test_the_jobs_stdout_is_only_progress_lines_when_run_as_a_process(tmp_path: Path):

@@ -6,15 +6,22 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
+import polars as pl
 import pytest
 
+from workloads.data import custody, preparation
+from workloads.data.__main__ import main as prepare
+from workloads.data.preparation import Request
+from workloads.data.source import SourceData
 from workloads.erasure.__main__ import main
+from workloads.erasure.places import DataSets
+from workloads.lake.lake import Lake
 from workloads.privacy.audit import entries
 from workloads.privacy.vault import SqliteVault
-from workloads.telemetry.progress import FaultLine, Line, ResultLine, parse
+from workloads.telemetry.progress import FaultLine, Line, Progress, ResultLine, parse
 
 
 @pytest.fixture
@@ -97,6 +104,93 @@ def test_a_key_is_changed_by_two_commands(tmp_path: Path, vault: SqliteVault, ca
     assert isinstance(lines[-1], ResultLine)
     assert lines[-1].figures == {"people": 2.0, "current": 2.0, "retiring": 1.0}
     assert first is not None
+
+
+@pytest.fixture
+def lake_home(tmp_path: Path, vault: SqliteVault, capsys: pytest.CaptureFixture[str]) -> tuple[Path, str]:
+    """A home whose lake and data set have a history, and somebody in both."""
+    words = ["--source", "simulator", "--users", "40", "--items", "60", "--events", "3000", "--days", "20"]
+    assert prepare([*words, "--home", str(tmp_path)]) == 0
+    capsys.readouterr()
+    (made,) = (tmp_path / "onprem" / "datasets").glob("simulator-*")
+    with Lake.open(tmp_path / "onprem" / "lake") as lake:
+        lake.load(made)
+    events = pl.read_parquet(made / "events.parquet")
+    named = events["user"].drop_nulls()[0]
+    return tmp_path, next(user for user in vault.all_users() if vault.pseudonym(user) == named)
+
+
+def knows(home: Path, name: str) -> list[str]:
+    """Where a pseudonym is found."""
+    found = [
+        path.parent.name
+        for path in (home / "onprem" / "datasets").glob("*/events.parquet")
+        if name in pl.read_parquet(path)["user"].to_list()
+    ]
+    with Lake.open(home / "onprem" / "lake") as lake:
+        return found + ["lake"] * (name in lake.events(columns=["user"]).read_all()["user"].to_pylist())
+
+
+def test_nobody_is_called_erased_whom_a_preparation_under_way_brings_back(
+    lake_home: tuple[Path, str],
+    vault: SqliteVault,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    home, user = lake_home
+    name = vault.pseudonym(user) or ""
+    arguments = ("run", "--home", str(home), "--no-replicas", "--settle", "0")
+    read = preparation._load
+
+    def read_and_erase_meanwhile(request: Request, progress: Progress) -> SourceData:
+        source = read(request, progress)
+        vault.forget(user)
+        assert main(arguments, {}) == 2
+        return source
+
+    monkeypatch.setattr(custody, "WAIT_S", 0.0)
+    monkeypatch.setattr(preparation, "_load", read_and_erase_meanwhile)
+    assert prepare(["--source", "lake", "--home", str(home)]) == 0
+    assert "data is being prepared" in capsys.readouterr().out
+    assert len(vault.queue()) == 1
+    assert run(capsys, *arguments)[0] == 0
+    assert vault.queue() == []
+    assert knows(home, name) == []
+
+
+def test_a_data_set_that_is_loaded_during_an_erasure_brings_nobody_into_the_lake(
+    lake_home: tuple[Path, str],
+    vault: SqliteVault,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    home, user = lake_home
+    name = vault.pseudonym(user) or ""
+    vault.forget(user)
+    remove = DataSets.remove
+
+    def load_and_remove(self: DataSets, people: Collection[str]) -> int:
+        (made,) = (home / "onprem" / "datasets").glob("simulator-*")
+        with Lake.open(home / "onprem" / "lake") as lake:
+            lake.load(made, origin="again")
+        return remove(self, people)
+
+    monkeypatch.setattr(DataSets, "remove", load_and_remove)
+    assert run(capsys, "run", "--home", str(home), "--no-replicas", "--settle", "0")[0] == 0
+    assert knows(home, name) == []
+
+
+def test_the_key_is_not_changed_under_a_preparation(
+    tmp_path: Path, vault: SqliteVault, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    before = vault.pseudonym("ada")
+    monkeypatch.setattr(custody, "WAIT_S", 0.0)
+    with custody.custody(tmp_path, alone=False):
+        assert run(capsys, "rotate", "--home", str(tmp_path))[0] == 2
+    assert vault.pseudonym("ada") == before
+    with custody.custody(tmp_path, alone=True):
+        assert prepare(["--source", "simulator", "--home", str(tmp_path)]) == 2
+    assert "change of key is under way" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
