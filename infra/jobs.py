@@ -34,10 +34,11 @@ _DAY_S: Final = 86_400
 
 UPLOAD: Final = (
     "import boto3, pathlib, sys\n"
-    "for path in pathlib.Path('/work/engines').rglob('*.plan'):\n"
-    "    key = f'candidates/engines/{path.relative_to(\"/work/engines\")}'\n"
-    "    boto3.client('s3').upload_file(str(path), sys.argv[1], key)\n"
+    "bucket, root, prefix = sys.argv[1:]\n"
+    "for path in sorted(p for p in pathlib.Path(root).rglob('*') if p.is_file()):\n"
+    "    boto3.client('s3').upload_file(str(path), bucket, f'{prefix}/{path.relative_to(root)}')\n"
 )
+"""Brings a folder into the data bucket's candidates: bucket, folder, prefix."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,10 +157,9 @@ class Jobs(pulumi.ComponentResource):
         )
 
     def _training(self) -> None:
-        """Train on the replica, export, sign and publish; no channel moves."""
+        """Train on the replica, export, and leave the bundle among the candidates: signing it is home's business."""
         jobs, args = self._config.jobs, self._args
         home = [mount("home", HOME)]
-        key = [mount("publisher", KEY, read_only=True), mount("trust", serving.TRUST_DIR, read_only=True)]
         train = self._step(
             "train",
             Image.TRAINING,
@@ -175,30 +175,25 @@ class Jobs(pulumi.ComponentResource):
                 *("--replica", jobs.dataset, "--data-bucket", args.data_bucket, "--home", TRAINING, "--confine=try"),
             ],
             _HEAVY,
-            AwsRole.PUBLISHER,
+            AwsRole.TRAINER,
             mounts=home,
             gpu=True,
         )
-        # One replica is in the home: the shell's pattern names it.
+        # There is one of each in a new home: the shell's patterns name them.
         export = self._step(
             "export",
             Image.TRAINING,
-            ["sh", "-ec", f"exec rankbridge export --dataset {TRAINING}/replica/{jobs.dataset}-*"],
+            [
+                "sh",
+                "-ec",
+                f"exec python -m workloads.export --home {TRAINING} --confine=try "
+                f"--training {TRAINING}/work/train-* --dataset {TRAINING}/replica/{jobs.dataset}-*",
+            ],
             _HEAVY,
             None,
             mounts=home,
         )
-        publish = self._step(
-            "publish",
-            Image.TRAINING,
-            [
-                *("rankbridge", "bundle", "publish", "--models-bucket", args.models_bucket),
-                *("--key", f"{KEY}/publisher.key", "--trust", serving.TRUST_DIR),
-            ],
-            _LIGHT,
-            AwsRole.PUBLISHER,
-            mounts=[*home, *key],
-        )
+        upload = self._upload(f"{TRAINING}/bundles", "candidates/bundles", home)
         k8s.core.v1.Service(
             "training",
             metadata=self._meta("training", pods.labels(Party.TRAINING.value, self._there.name)),
@@ -215,18 +210,19 @@ class Jobs(pulumi.ComponentResource):
                 "training",
                 Party.TRAINING,
                 self._there,
-                [train, export, publish],
-                [
-                    pods.scratch("home", "40Gi"),
-                    pods.config_volume("trust", serving.SIGNERS),
-                    self._publisher(),
-                    *args.access(AwsRole.PUBLISHER).volumes(),
-                ],
+                [train, export, upload],
+                [pods.scratch("home", "40Gi"), *args.access(AwsRole.TRAINER).volumes()],
                 pods=jobs.workers,
                 gpus=True,
             ),
-            args.access(AwsRole.PUBLISHER),
+            args.access(AwsRole.TRAINER),
         )
+
+    def _upload(
+        self, folder: str, prefix: str, mounts: Sequence[k8s.core.v1.VolumeMountArgs]
+    ) -> k8s.core.v1.ContainerArgs:
+        command = ["python", "-c", UPLOAD, self._args.data_bucket, folder, prefix]
+        return self._step("upload", Image.TRAINING, command, _LIGHT, AwsRole.TRAINER, mounts=mounts)
 
     def _publisher(self) -> k8s.core.v1.VolumeArgs:
         """The private key of the publisher: a secret that the operator makes."""
@@ -306,9 +302,7 @@ class Jobs(pulumi.ComponentResource):
             'trtexec --onnx="$model" --saveEngine="$out/ranker.plan" --fp16; done'
         )
         build = self._step("build", Image.TENSORRT, ["sh", "-ec", script], _HEAVY, None, mounts=work, gpu=True)
-        upload = self._step(
-            "upload", Image.TRAINING, ["python", "-c", UPLOAD, args.data_bucket], _LIGHT, AwsRole.TRAINER, mounts=work
-        )
+        upload = self._upload("/work/engines", "candidates/engines", work)
         self._declare(
             _Job(
                 f"tensorrt-{gpu_type.replace('.', '-')}",
@@ -369,7 +363,7 @@ class Jobs(pulumi.ComponentResource):
             opts=self._child,
         )
         gateway = f"http://{serving.host(site.name, Role.GATEWAY)}:{PORTS[Listener.GATEWAY]}"
-        common: list[Input[str]] = ["locust", "-f", "loadtests/mix.py", "--host", gateway]
+        common: list[Input[str]] = ["locust", "-f", "/app/loadtests/mix.py", "--host", gateway]
         alone = ["--headless", "--users", "60", "--spawn-rate", "60", "--run-time", "125s"]
         master = self._step(
             "master",
