@@ -1,7 +1,9 @@
 """The lake as a source: what was loaded and what the intake took since, under pseudonyms already.
 
 Events are those of one data set that was loaded and of the intake; the catalogue is that data set's. Events of the
-intake alone bring a catalogue derived from them. Knows no key: users stay as they are.
+intake alone bring a catalogue derived from them. An event that came in late is in the log where it was received: put
+where it happened, it would be in histories, and train on them, that nobody could have known. Knows no key: users stay
+as they are.
 """
 
 from __future__ import annotations
@@ -58,7 +60,9 @@ def _chosen(lake: Lake, origin: str) -> str:
 
 
 def _load(lake: Lake, origin: str, note: Note) -> SourceData:
-    table = lake.events(origins={origin, INTAKE}, columns=[*SCHEMA, "origin", "seq"], ordered=True).read_all()
+    table = lake.events(
+        origins={origin, INTAKE}, columns=[*SCHEMA, "origin", "seq", "received_ms"], ordered=True
+    ).read_all()
     frame = pl.from_arrow(table)
     if not isinstance(frame, pl.DataFrame) or not frame.height:
         raise SourceError(f"the lake has no events of {origin}", "load a data set or take in a spool first")
@@ -66,10 +70,15 @@ def _load(lake: Lake, origin: str, note: Note) -> SourceData:
     taken = frame.filter(pl.col("origin") == INTAKE).select(pl.col("seq").max().fill_null(0)).item()
     note(f"{frame.height} events from the lake, {of_intake} of them taken in since")
     faults = RowFaults(rows_read=frame.height)
+    apart = frame.filter(pl.col("received_ms") != pl.col("timestamp_ms"))
+    clocks = apart.select("event_id", pl.col("timestamp_ms").alias("happened_ms"), "received_ms").unique("event_id")
+    late = apart.filter(pl.col("received_ms") > pl.col("timestamp_ms")).height
+    frame = frame.with_columns(pl.max_horizontal("timestamp_ms", "received_ms").alias("timestamp_ms"))
     rows = frame.select(
         pl.int_range(pl.len()).alias(ROW), *(pl.col(name).cast(dtype) for name, dtype in SCHEMA.items())
     )
-    # The same event under the data set's origin and the intake's is one.
+    # The same event under the data set's origin and the intake's is one: the earlier, whose clocks may differ.
+    rows = rows.sort("timestamp_ms", maintain_order=True)
     twice = rows.height - rows["event_id"].n_unique()
     rows = rows.filter(pl.col("event_id").is_first_distinct())
     named = pl.col("user").is_null() | pl.col("user").str.contains(PSEUDONYM_PATTERN)
@@ -79,7 +88,10 @@ def _load(lake: Lake, origin: str, note: Note) -> SourceData:
             "take the data set out and load one that was prepared here",
         )
     log = EventLog.sorted(sift(rows, faults))
-    rules = [RuleCount(rule="event of the data set and of the intake", rows=twice, effect="dropped")]
+    rules = [
+        RuleCount(rule="event of the data set and of the intake", rows=twice, effect="dropped"),
+        RuleCount(rule="received after it happened: counts from then on", rows=late, effect="changed"),
+    ]
     if origin == INTAKE:
         return SourceData(
             name="lake",
@@ -90,6 +102,7 @@ def _load(lake: Lake, origin: str, note: Note) -> SourceData:
             rules=rules,
             faults=faults,
             pseudonymous=True,
+            clocks=clocks,
             spool_seq=taken,
         )
     folder = lake.origin_folder(origin)
@@ -105,5 +118,6 @@ def _load(lake: Lake, origin: str, note: Note) -> SourceData:
         rules=rules,
         faults=faults,
         pseudonymous=True,
+        clocks=clocks,
         spool_seq=taken,
     )

@@ -24,7 +24,7 @@ from workloads.data.custody import CustodyError, custody
 from workloads.data.dataset import DatasetMeta, FaultSummary, find_prepared, read_meta, write_dataset
 from workloads.data.definitions import REMEMBERED_MAX
 from workloads.data.events import POSITIVE, EventLog, RowFaults, TooManyFaultsError
-from workloads.data.profile_builder import build_activity, build_profiles
+from workloads.data.profile_builder import build_activity, build_profiles, with_clocks
 from workloads.data.profiles import Watermark, filled_from, refill_mark, write_profiles
 from workloads.data.reading import SourceError, file_digest
 from workloads.data.source import SourceData
@@ -177,12 +177,13 @@ def _prepare(request: Request, places: Places, vault: SqliteVault, progress: Pro
         _write_users_sample(places.users_sample, raw_users, seed=digest)
     elif not places.users_sample.exists():
         _write_users_sample(places.users_sample, raw_users.clear(), seed=digest)  # the lake knows no raw id
+    known_ms = int(with_clocks(hidden, source.clocks)["received_ms"].max())  # type: ignore[arg-type]  # Int64, not empty
     write_profiles(
         places.profiles,
-        build_profiles(hidden, REMEMBERED_MAX),
+        build_profiles(hidden, REMEMBERED_MAX, clocks=source.clocks),
         {"dataset": dataset.path.name},
-        items=build_activity(hidden),
-        watermark=Watermark(source.spool_seq, int(hidden.frame["timestamp_ms"][-1])),
+        items=build_activity(hidden, source.clocks),
+        watermark=Watermark(source.spool_seq, known_ms),
     )
     write_private(places.mark, msgspec.json.encode(_mark(places, dataset.path.name)))
     progress.step("profiles", 1, 1, "users", users=len(raw_users))

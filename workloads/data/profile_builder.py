@@ -15,10 +15,26 @@ from workloads.data.point_in_time import activity_of, signs_of
 from workloads.data.profiles import Profile, Touch
 
 
-def build_profiles(log: EventLog, latest: int = TOUCHES_MAX) -> Iterator[Profile]:
+def with_clocks(log: EventLog, clocks: pl.DataFrame | None) -> pl.DataFrame:
+    """The log with `received_ms`, and when events happened by their own clock (`source.SourceData.clocks`)."""
+    if clocks is None:
+        return log.frame.with_columns(pl.col("timestamp_ms").alias("received_ms"))
+    return (
+        log.frame.join(clocks, on="event_id", how="left", maintain_order="left")
+        .with_columns(
+            pl.coalesce("received_ms", "timestamp_ms").alias("received_ms"),
+            pl.coalesce("happened_ms", "timestamp_ms").alias("timestamp_ms"),
+        )
+        .drop("happened_ms")
+    )
+
+
+def build_profiles(
+    log: EventLog, latest: int = TOUCHES_MAX, *, clocks: pl.DataFrame | None = None
+) -> Iterator[Profile]:
     """One profile per user of the log with a positive event, in order of pseudonym, with the `latest` items of each."""
     touches = (
-        signs_of(log.frame)
+        signs_of(with_clocks(log, clocks))
         .lazy()
         .group_by("user", "item")
         .agg(
@@ -42,6 +58,6 @@ def build_profiles(log: EventLog, latest: int = TOUCHES_MAX) -> Iterator[Profile
         )
 
 
-def build_activity(log: EventLog) -> Iterator[tuple[str, ItemActivity]]:
+def build_activity(log: EventLog, clocks: pl.DataFrame | None = None) -> Iterator[tuple[str, ItemActivity]]:
     """What people did with each item of the log that somebody touched, as the online store goes on counting it."""
-    return activity_of(signs_of(log.frame))
+    return activity_of(signs_of(with_clocks(log, clocks)))

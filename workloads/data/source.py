@@ -33,5 +33,8 @@ class SourceData:
     parameters: dict[str, int | float | str] = field(default_factory=dict)
     pseudonymous: bool = False
     """Whether users and sessions are pseudonyms already, and stay as they are."""
+    clocks: pl.DataFrame | None = None
+    """`event_id`, `happened_ms`, `received_ms` of events that were not received when they happened: a log is in the
+    order in which events were known, and profiles tell when they happened, too."""
     spool_seq: int = 0
     """Number of the newest row of the intake's spool that is in it: profiles made of it go on from there."""

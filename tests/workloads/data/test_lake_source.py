@@ -11,7 +11,8 @@ import pytest
 from workloads.data import lake_source
 from workloads.data.__main__ import main
 from workloads.data.dataset import Dataset
-from workloads.data.profiles import SqliteProfiles, Watermark
+from workloads.data.definitions import sign_of
+from workloads.data.profiles import MemoryProfiles, SqliteProfiles, Watermark
 from workloads.data.reading import SourceError
 from workloads.lake.lake import Lake
 from workloads.lake.spool import MemorySpool
@@ -83,6 +84,41 @@ def test_events_that_came_since_are_in_it_and_unknown_items_are_not(home: Path, 
         known = profiles.get(user)
     assert known is not None
     assert known.touches[-1].item == original.items["item"][0]
+
+
+def test_a_late_event_is_in_no_history_from_before_it_was_received(home: Path, capsys: pytest.CaptureFixture[str]):
+    original = loaded(home)
+    user, item = original.events["user"].drop_nulls()[0], original.items["item"][0]
+    end = original.meta.end_ms
+    clocks = {  # event's own clock -> home's: hours late, and one of a clock that is ahead
+        "0": (end - 5 * 3_600_000, end + 60_000),
+        "1": (end + 120_000, end + 61_000),
+    }
+    spool = MemorySpool()
+    for number, (happened, received) in clocks.items():
+        identity = f"{happened:012x}7000800000000000000{number}"
+        name = f"{identity[:8]}-{identity[8:12]}-{identity[12:16]}-{identity[16:20]}-{identity[20:32]}"
+        event = {"event_id": name, "type": "view", "user": user, "item": item, "schema_version": 1}
+        spool.add(**event, timestamp_ms=happened, received_ms=received)
+    with Lake.open(home / "onprem" / "lake") as lake:
+        lake.ingest(spool)
+    assert main(["--source", "lake", "--home", str(home)]) == 0
+    again = Dataset.load(Path(result(capsys)["made"]["dataset"]))
+    assert again.events["timestamp_ms"][-2:].to_list() == [end + 60_000, end + 120_000]
+    assert [rule.rows for rule in again.meta.rules if "counts from then" in rule.rule] == [1]
+    # Profiles have both clocks, as the feedback process has them.
+    online = MemoryProfiles()
+    signs = [
+        sign_of(seq=n, kind="view", timestamp_ms=at, user=user, item=item, price=None, received_ms=known)
+        for n, (at, known) in enumerate(clocks.values(), 1)
+    ]
+    online.apply([sign for sign in signs if sign is not None], Watermark(2, end + 61_000))
+    with SqliteProfiles(home / "onprem" / "profiles.sqlite") as profiles:
+        touched, followed = profiles.get(user), online.get(user)
+        assert touched is not None
+        assert followed is not None
+        assert touched.touches[-1].last_ms == followed.touches[-1].last_ms == end + 61_000
+        assert profiles.watermark() == Watermark(2, end + 61_000)
 
 
 def test_an_unchanged_lake_is_not_prepared_twice(home: Path, capsys: pytest.CaptureFixture[str]):
