@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import importlib.metadata
 import os
 import signal
 import sys
@@ -186,11 +187,19 @@ def _build(options: argparse.Namespace) -> Service:
                     neighbours=neighbours,
                     registry=registry,
                     injection=injection,
+                    onnxruntime=_onnxruntime(),
                     reached=reached,
                 ),
             )
 
     return create_app(opened, releases, new_registry())
+
+
+def _onnxruntime() -> str | None:
+    """Version of the ONNX Runtime beside this agent; None where it has an image of its own without one."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("onnxruntime")
+    return None
 
 
 def _channel(options: argparse.Namespace) -> ChannelReleases:

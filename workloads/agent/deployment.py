@@ -62,6 +62,7 @@ class Deployment:
         neighbours: Neighbours,
         registry: CollectorRegistry,
         injection: Injection = NOTHING_INJECTED,
+        onnxruntime: str | None = None,
         reached: Reached = nowhere,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -72,6 +73,8 @@ class Deployment:
         self._keeper = keeper
         self._neighbours = neighbours
         self._injection = injection
+        self._onnxruntime = onnxruntime
+        """Version at this site, where it is known here; retrieval holds bundles to its own in any case."""
         self._reached = reached
         self._clock = clock
         self._pointer: Wanted | None = None
@@ -283,9 +286,12 @@ class Deployment:
     def _check(self, wanted: Wanted) -> None:
         """Raises Refusal or BundleFault."""
         manifest, _ = read_manifest(self._site.bundle(wanted.bundle))
-        if self._class not in manifest.requires.site_classes:
-            made_for = ", ".join(one.value for one in manifest.requires.site_classes)
-            raise Refusal("site_class", f"it is made for sites of class {made_for}; this is one of {self._class.value}")
+        for reason, unmet in (
+            ("site_class", manifest.requires.unmet(site_class=self._class)),
+            ("onnxruntime", manifest.requires.unmet(onnxruntime=self._onnxruntime)),
+        ):
+            if unmet is not None:
+                raise Refusal(reason, f"{m.MANIFEST}: it {unmet}")
         before = None
         for number, path in enumerate(self._site.delta_paths(wanted.edition), start=1):
             delta, identity = read_delta_manifest(path)

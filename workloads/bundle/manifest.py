@@ -81,12 +81,19 @@ class Requires(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     onnxruntime: Annotated[str, msgspec.Meta(pattern=r"^[0-9]+(\.[0-9]+){0,2}$")] | None = None
     """Lowest version that the models run in; None where any of ours will do."""
 
-    def unmet(self, site_class: SiteClass, onnxruntime: str) -> str | None:
-        """Why a site of this class, with this version of ONNX Runtime, may not serve the bundle; None when it may."""
-        if site_class not in self.site_classes:
+    def unmet(self, site_class: SiteClass | None = None, onnxruntime: str | None = None) -> str | None:
+        """Why a site of this class, with this version of ONNX Runtime, may not serve the bundle; None when it may.
+
+        None of a fact that is not known here: who knows it holds the bundle to it.
+        """
+        if site_class is not None and site_class not in self.site_classes:
             wanted = " or ".join(one.value for one in self.site_classes) or "no"
             return f"is made for {wanted} sites, and this is a {site_class.value} site"
-        if self.onnxruntime is not None and _version(onnxruntime) < _version(self.onnxruntime):
+        if (
+            onnxruntime is not None
+            and self.onnxruntime is not None
+            and _version(onnxruntime) < _version(self.onnxruntime)
+        ):
             return f"needs ONNX Runtime {self.onnxruntime} or later, and this site has {onnxruntime}"
         return None
 

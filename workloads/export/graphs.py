@@ -24,6 +24,8 @@ from workloads.contract.tensors import Signature
 OPSET: Final = 20
 """The first with Gelu as an operator; read by the ONNX Runtime of any Triton image that we may use."""
 IR_VERSION: Final = 10
+ONNXRUNTIME: Final = "1.18"
+"""The first that reads both (https://onnxruntime.ai/docs/reference/compatibility.html)."""
 EXAMPLE_BATCH: Final = 3
 """Not 1, which the exporter would take for a constant."""
 

@@ -29,7 +29,7 @@ from workloads.data.features import ItemTables
 from workloads.export import samples
 from workloads.export.ann import write_index
 from workloads.export.card import model_card
-from workloads.export.graphs import Runner, write_onnx
+from workloads.export.graphs import ONNXRUNTIME, Runner, write_onnx
 from workloads.export.parity import PROBABILITY_LIMIT, Limits, ParityFault, compare, vector_limit
 from workloads.models import ranker, two_tower
 from workloads.telemetry.progress import Progress
@@ -129,6 +129,7 @@ def export(training: Path, dataset_path: Path, bundles: Path, progress: Progress
             quality=run.quality,
             parity=parity,
             ann=ann,
+            requires=m.Requires(onnxruntime=ONNXRUNTIME),
         )
         for name in (m.FEATURES, m.ITEM_TABLES_FILE):
             shutil.copyfile(training / name, source / name)

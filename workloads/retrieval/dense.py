@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import faiss
 import numpy as np
@@ -19,6 +19,9 @@ from workloads.contract.tensors import Signature
 from workloads.data.fusion import Proposals
 
 Vector = npt.NDArray[np.float32]
+
+ONNXRUNTIME: Final[str] = onnxruntime.__version__
+"""What towers run in here."""
 
 
 class ModelFault(Exception):  # noqa: N818 - as BundleFault

@@ -24,7 +24,7 @@ from workloads.data import fusion
 from workloads.data.features import ItemTables, stand_ins, user_inputs
 from workloads.data.fusion import Candidates, Proposals
 from workloads.models import text
-from workloads.retrieval.dense import AnnIndex, Nearest, OnnxTower, Tower, Vector
+from workloads.retrieval.dense import ONNXRUNTIME, AnnIndex, ModelFault, Nearest, OnnxTower, Tower, Vector
 from workloads.retrieval.lexical import LexicalIndex
 
 LEXICAL_LIMIT: Final = 400
@@ -231,6 +231,8 @@ class Retriever:
 
 def open_retriever(bundle: Bundle, observe: Observe = lambda _step, _ms: None) -> Retriever:
     """A retriever over an opened bundle, warmed up. Raises ModelFault when a model or the index does not fit it."""
+    if unmet := bundle.manifest.requires.unmet(onnxruntime=ONNXRUNTIME):
+        raise ModelFault(f"the bundle {unmet}")
     # Plain arrays: numpy's memmap type pays for its bookkeeping on every operation.
     tables = ItemTables.of({name: table.view(np.ndarray) for name, table in bundle.tables.items()})
     retriever = Retriever(

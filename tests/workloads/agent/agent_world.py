@@ -36,7 +36,7 @@ def model_of(bundle: Path) -> str:
 
 
 def altered(
-    bundle: Path, into: Path, change: Callable[[Path], None] = lambda _: None, requires: list[SiteClass] | None = None
+    bundle: Path, into: Path, change: Callable[[Path], None] = lambda _: None, requires: m.Requires | None = None
 ) -> Path:
     """A bundle as `bundle` is, after `change` was let loose on its files: valid by its manifest, whatever is in it."""
     import shutil  # noqa: PLC0415 - only here
@@ -49,7 +49,7 @@ def altered(
         fields = {name: getattr(facts, name) for name in m.Facts.__struct_fields__}
         fields["created_ms"] += 1
         if requires is not None:
-            fields["requires"] = m.Requires(site_classes=requires)
+            fields["requires"] = requires
         return write_bundle(into, source, m.Facts(**fields))
 
 
@@ -105,6 +105,7 @@ class World:
             keeper=self.keeper,
             neighbours=self.neighbours,
             registry=self.registry,
+            onnxruntime=ort.__version__,
             reached=reached,
             clock=self.clock,
         )

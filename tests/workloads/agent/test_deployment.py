@@ -19,6 +19,7 @@ from workloads.agent.memory import Hold
 from workloads.agent.neighbours import Silence
 from workloads.agent.refusal import Hindrance, Refusal
 from workloads.agent.releases import Wanted
+from workloads.bundle import manifest as m
 from workloads.bundle.delta import write_delta
 from workloads.bundle.site import read_editions
 from workloads.bundle.store import open_bundle
@@ -246,7 +247,7 @@ async def test_a_bad_release_is_refused_once_and_the_old_one_serves_on(
     make_world: Callable[..., World], made: Path, tmp_path: Path, fault: str
 ) -> None:
     change, reason = BAD[fault]
-    requires = [SiteClass.GPU] if change is None else None
+    requires = m.Requires(site_classes=[SiteClass.GPU]) if change is None else None
     bad = altered(made, tmp_path / "bad", change or (lambda _: None), requires)
     world = make_world(made, bad)
     await _served(world, made)
@@ -263,6 +264,21 @@ async def test_a_bad_release_is_refused_once_and_the_old_one_serves_on(
     world.releases.promote(made.name)
     await world.run()
     assert world.deployment.detail()["refused"] == {}
+
+
+async def test_a_bundle_that_needs_a_later_onnx_runtime_is_refused_before_anything_is_loaded(
+    make_world: Callable[..., World], made: Path, tmp_path: Path
+) -> None:
+    later = altered(made, tmp_path, requires=m.Requires(onnxruntime="99.1"))
+    world = make_world(made, later)
+    await _served(world, made)
+    calls = list(world.triton.calls)
+    world.releases.promote(later.name)
+    await world.run()
+    assert world.serves == made.name
+    assert world.triton.calls == calls
+    refused = str(world.deployment.detail()["refused"])
+    assert "onnxruntime: manifest.json: it needs ONNX Runtime 99.1 or later" in refused
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "added"])

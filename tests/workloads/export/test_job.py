@@ -79,6 +79,7 @@ def test_what_is_written_passes_every_check_of_a_bundle(bundle: Bundle, dataset:
     manifest = verify(bundle.path)
     assert manifest.dataset_digest == dataset.meta.digest
     assert manifest.key_epoch == dataset.meta.key_epoch
+    assert manifest.requires.onnxruntime == "1.18"
     assert set(manifest.parity) == {signature.role for signature in SIGNATURES}
     assert manifest.ann.kind == "flat"
     assert manifest.ann.recall_at_10 == 1.0

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 
+import msgspec
 import numpy as np
 import pytest
 
 from workloads.bundle.fake import build_fake_bundle
+from workloads.bundle.manifest import Requires
 from workloads.bundle.store import Bundle, open_bundle
 from workloads.contract.tensors import QUERY_TOWER, USER_TOWER, VECTOR_DIM
 from workloads.data.features import user_inputs
 from workloads.models.text import token_ids
 from workloads.retrieval.dense import AnnIndex, ExactNearest, ModelFault, OnnxTower
+from workloads.retrieval.retriever import open_retriever
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +78,9 @@ def test_an_index_that_cannot_be_read_or_does_not_fit_is_refused(bundle: Bundle,
     broken.write_bytes(b"nonsense")
     with pytest.raises(ModelFault, match=r"ann\.faiss"):
         AnnIndex(broken, 60, VECTOR_DIM)
+
+
+def test_a_bundle_that_needs_a_later_onnx_runtime_is_refused(bundle: Bundle):
+    later = msgspec.structs.replace(bundle.manifest, requires=Requires(onnxruntime="99.1"))
+    with pytest.raises(ModelFault, match=r"needs ONNX Runtime 99\.1 or later"):
+        open_retriever(dataclasses.replace(bundle, manifest=later))
