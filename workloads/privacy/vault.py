@@ -41,6 +41,9 @@ KEY_FOLDER: Final = "key"
 """Beside the vault: `pseudonym-<epoch>.key`."""
 _BUSY_S: Final = 10.0
 _NOT_LONG_S: Final = 0.5
+_SEARCH_BYTES: Final = 1 << 20
+_UNSWEPT: Final = "unswept "
+"""Before a ticket: a fact that says that copies of this person's salt may be in the file."""
 _SCHEMA_VERSION: Final = 2
 _SCHEMA: Final = """
 BEGIN IMMEDIATE;
@@ -286,7 +289,8 @@ class SqliteVault:
                     "INSERT INTO erasures (ticket, asked_ms, pseudonyms) VALUES (?, ?, ?)",
                     (erasure.ticket, erasure.asked_ms, " ".join(names)),
                 )
-            self._truncate_log(insist=False)  # the person is forgotten; `done` insists
+                change.execute("INSERT INTO facts VALUES (?, '')", (_UNSWEPT + erasure.ticket,))
+            self._sweep(erasure.ticket, row[0])  # the person is forgotten; `done` insists
         return erasure
 
     def queue(self) -> list[Erasure]:
@@ -297,9 +301,14 @@ class SqliteVault:
 
     def done(self, ticket: str) -> None:
         """See `Vault`."""
+        mark = _UNSWEPT + ticket
         with self._writing, _named(self.path):
+            if self._writer.execute("SELECT 1 FROM facts WHERE name = ?", (mark,)).fetchone():
+                self._writer.execute("VACUUM")
+            self._truncate_log(insist=True)  # before the entry goes: what fails here is tried again
             with self._change() as change:
                 change.execute("DELETE FROM erasures WHERE ticket = ?", (ticket,))
+                change.execute("DELETE FROM facts WHERE name = ?", (mark,))
             self._truncate_log(insist=True)
 
     # keys come and go
@@ -354,6 +363,7 @@ class SqliteVault:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
         connection.execute("PRAGMA secure_delete=ON")
+        connection.execute("PRAGMA temp_store=MEMORY")  # a rewrite puts nobody's salt on another disk
         return connection
 
     def _prepare(self) -> None:
@@ -384,8 +394,27 @@ class SqliteVault:
             raise
         self._writer.execute("COMMIT")
 
-    def _truncate_log(self, *, insist: bool) -> None:
-        """Old pages lie in the write-ahead log until it is moved into the file; a reader may hold that up."""
+    def _sweep(self, ticket: str, salt: bytes) -> None:
+        """Leave no copy of a salt that was deleted.
+
+        secure_delete zeroes what is deleted, but a page that SQLite rebuilt may keep a copy of a row that moved to
+        another: of one person in thousands. So the file is searched for either half, and rewritten where there is one.
+        What cannot be known now, `done` does for the mark that stays.
+        """
+        if not self._truncate_log(insist=False):
+            return
+        if _is_in(self.path, (salt[: SALT_BYTES // 2], salt[SALT_BYTES // 2 :])):
+            self._writer.execute("VACUUM")
+            if not self._truncate_log(insist=False):
+                return
+        with self._change() as change:
+            change.execute("DELETE FROM facts WHERE name = ?", (_UNSWEPT + ticket,))
+
+    def _truncate_log(self, *, insist: bool) -> bool:
+        """Old pages lie in the write-ahead log until it is moved into the file; a reader may hold that up.
+
+        Whether it was done; with `insist` it was, or VaultError is raised.
+        """
         wait_s = _BUSY_S if insist else _NOT_LONG_S
         self._writer.execute(f"PRAGMA busy_timeout={wait_s * 1000:.0f}")
         try:
@@ -394,6 +423,18 @@ class SqliteVault:
             self._writer.execute(f"PRAGMA busy_timeout={_BUSY_S * 1000:.0f}")
         if busy and insist:
             raise VaultError(f"{self.path}: a reader holds on to its log", "end the process that keeps it open")
+        return not busy
+
+
+def _is_in(path: Path, needles: Iterable[bytes]) -> bool:
+    """Whether one of the needles, of one length, is anywhere in a file."""
+    wanted, before = list(needles), b""
+    with path.open("rb") as file:
+        while block := file.read(_SEARCH_BYTES):
+            if any(needle in before + block for needle in wanted):
+                return True
+            before = block[-max(map(len, wanted)) :]
+    return False
 
 
 def _make(path: Path) -> None:

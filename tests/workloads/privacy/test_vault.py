@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import re
 import sqlite3
 import subprocess
@@ -107,6 +109,33 @@ def test_no_byte_of_a_forgotten_person_stays_in_the_file_or_its_log(path: Path, 
     assert name.encode() in left  # in the queue, until it is erased everywhere
     vault.done(erasure.ticket)
     assert name.encode() not in _bytes_of(path.parent)
+
+
+def _with_stale_copies(path: Path, vault: SqliteVault) -> dict[str, bytes]:
+    """Salts, by user, that are in the file more than once: SQLite moved their rows to another page."""
+    vault.admit(f"u{number * 7919 % 100_003}{'x' * (number * 37 % 150)}" for number in range(12_000))
+    vault.done("nobody's")  # the log goes into the file
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        salts = dict(connection.execute("SELECT salt, user FROM people"))
+    data = path.read_bytes()
+    found = collections.Counter(data[at : at + 16] for at in range(len(data) - 15) if data[at : at + 16] in salts)
+    return {salts[salt]: salt for salt, times in found.items() if times > 1}
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_no_copy_of_a_salt_that_the_file_kept_aside_outlives_its_person(
+    path: Path, vault: SqliteVault, monkeypatch: pytest.MonkeyPatch, *, killed: bool
+):
+    doubled = _with_stale_copies(path, vault)
+    assert doubled, "nothing was tried: choose other lengths"
+    if killed:  # after the commit
+        monkeypatch.setattr(SqliteVault, "_sweep", lambda *_: None)
+    tickets = [erasure.ticket for user in doubled if (erasure := vault.forget(user)) is not None]
+    if not killed:
+        assert [user for user, salt in doubled.items() if salt in _bytes_of(path.parent)] == []
+    for ticket in tickets:
+        vault.done(ticket)
+    assert [user for user, salt in doubled.items() if salt in _bytes_of(path.parent)] == []
 
 
 def test_a_reader_cannot_keep_a_person_from_being_forgotten_only_the_end_waits_for_it(
