@@ -499,7 +499,7 @@ class LocalHands:
         """Put an item on sale and wait until both sites recommend it; seconds from the file at hand, by site."""
         item, twin = border.new_item_like(bundle, folder / "new-item.jsonl")
         since = time.monotonic()
-        arguments = publisher.add_arguments(folder / "new-item.jsonl", self._layout.home / "aws" / "publisher")
+        arguments = publisher.add_arguments(folder / "new-item.jsonl")
         self.job("workloads.delta", arguments, folder / "new-item.log", append=False)
         return border.found_after(gateways, item, twin, since)
 
