@@ -34,9 +34,9 @@ class Figures:
 
     rows: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
 
-    def add(self, what: str, value: str, note: str = "") -> None:
+    def add(self, what: str, value: str, bound: str = "") -> None:
         """One more row."""
-        self.rows.append((what, value, note))
+        self.rows.append((what, value, bound))
 
     def lines(self) -> list[str]:
         """The rows as a table."""

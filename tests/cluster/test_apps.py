@@ -281,26 +281,52 @@ def _all_run_on(pods: list[dict[str, Any]], wanted: set[str]) -> bool:
     return bool(pods) and all(p["spec"].get("nodeName") in wanted and p["status"]["phase"] == "Running" for p in pods)
 
 
+def _vault_host(api: Api) -> str:
+    """The host whose directory is the vault's volume."""
+    (claim,) = (c for c in api.find("v1", "PersistentVolumeClaim", "rankbridge") if c["metadata"]["name"] == "vault")
+    volume = api.get("v1", "PersistentVolume", claim["spec"]["volumeName"])
+    (term,) = volume["spec"]["nodeAffinity"]["required"]["nodeSelectorTerms"]
+    return str(term["matchExpressions"][0]["values"][0])
+
+
 def test_draining_a_private_host_moves_what_can_move_and_keeps_every_budget(
     deployed: Deployed, api: Api, foundation: FoundationConfig, readiness: Readiness, figures: Figures
 ):
-    node = _fullest(deployed, "retrieval", "onprem")
-    (other,) = {host.name for host in foundation.onprem.agents} - {node}
+    other = _vault_host(api)
+    (node,) = {host.name for host in foundation.onprem.agents} - {other}
     floors, bound = _floors(deployed, api, "onprem"), _with_volumes(api, node)
+    movable = set(floors) - bound
+    assert {"retrieval", "triton"} <= movable
     began = time.monotonic()
     with uncordoned_after(api, node):
         refused = drain(api, node)
         took = time.monotonic() - began
-        for role in set(floors) - bound:
-            assert until(lambda r=role: _all_run_on(deployed.pods(r, "onprem"), {other})), deployed.unsettled()  # type: ignore[misc]  # a default argument binds the loop's value
+        assert until(lambda: all(_all_run_on(deployed.pods(r, "onprem"), {other}) for r in movable)), (
+            deployed.unsettled()
+        )
         for role in bound:
             # Its volume is a directory of this host: no other host may take it, and it waits for its own.
             waiting = [p for p in deployed.pods(role, "onprem") if p["status"]["phase"] == "Pending"]
             assert waiting, f"{role} left its volume behind"
     assert until(deployed.is_settled, 60), deployed.unsettled()
-    for role in set(floors) - bound:
+    for role in movable:
         assert readiness.lowest(role, "onprem") >= floors[role], f"{role} fell to {readiness.lowest(role, 'onprem')}"
     figures.add("drain of a private host", f"{took:.1f} s", f"budgets said 'not now' {refused} times")
+
+
+def test_the_host_of_the_vault_is_not_emptied_by_a_drain_because_its_gateways_can_be_nowhere_else(
+    deployed: Deployed, api: Api, readiness: Readiness, figures: Figures
+):
+    node, floor = _vault_host(api), _floors(deployed, api, "onprem")["gateway"]
+    with uncordoned_after(api, node):
+        with pytest.raises(TimeoutError) as stuck:
+            drain(api, node, seconds=5)
+        assert "retrieval" not in str(stuck.value)
+        assert "triton" not in str(stuck.value)
+        assert readiness.now("gateway", "onprem") == floor
+    assert until(deployed.is_settled, 60), deployed.unsettled()
+    assert readiness.lowest("gateway", "onprem") == floor
+    figures.add("drain of the vault's host", "is refused", f"its budget keeps {floor} gateways there (docs/cluster.md)")
 
 
 def test_a_budget_refuses_an_eviction_until_the_one_before_it_is_made_good(
