@@ -373,8 +373,13 @@ class SqliteProfiles:
                 connection.execute("DELETE FROM profiles WHERE pseudonym = ?", (who,)).rowcount
                 for who in dict.fromkeys(pseudonyms)
             )
-        with self._writing, contextlib.suppress(sqlite3.Error):  # else the write-ahead log would go on holding them
-            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        with self._writing:  # else the write-ahead log would go on holding them
+            try:
+                (busy, *_) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            except sqlite3.Error as error:
+                raise ProfilesDownError(f"{self._path.name}: {error}") from None
+        if busy:
+            raise ProfilesDownError(f"{self._path.name}: a reader holds deleted profiles in its log; delete again")
         return known
 
     def copy(self, names: Mapping[str, str]) -> int:

@@ -398,6 +398,25 @@ def test_a_forgotten_profile_is_in_no_byte_of_the_files(tmp_path: Path):
         assert b"a-telltale-item" not in b"".join(file.read_bytes() for file in tmp_path.iterdir())
 
 
+def test_a_deletion_that_a_reader_keeps_in_the_log_is_said_and_can_be_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("workloads.data.profiles._BUSY_S", 0.05)
+    path = tmp_path / "profiles.sqlite"
+    write_profiles(path, [], {})
+    with SqliteProfiles(path) as store, contextlib.closing(sqlite3.connect(path)) as reader:
+        store.apply([a_sign(1, "p1-a", "a-telltale-item")], Watermark(1, AT))
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM profiles").fetchall()
+        with pytest.raises(ProfilesDownError, match="log"):
+            store.delete(["p1-a"])
+        assert store.get("p1-a") is None
+        assert store.apply([a_sign(2, "p1-b", "sku-2")], Watermark(2, AT + 1)) == 1
+        reader.rollback()
+        assert store.delete(["p1-a"]) == 0
+        assert not (tmp_path / "profiles.sqlite-wal").read_bytes()
+
+
 def test_a_store_that_loses_its_file_says_so_and_nothing_else_is_raised(tmp_path: Path):
     path = tmp_path / "profiles.sqlite"
     write_profiles(path, [Profile("p1-a", [])], {})
