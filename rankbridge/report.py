@@ -320,7 +320,7 @@ def _held(verdict: Verdict) -> Iterable[Held]:
 def _held_crossing(crossing: Crossing) -> Iterable[Held]:
     promises = (
         ("Channel moved to bundle served", crossing.served_after_s, SERVED_AFTER_MAX_S),
-        ("New item's file to new item recommended", crossing.new_item_after_s, NEW_ITEM_MAX_S),
+        ("New item's file to new item in answers", crossing.new_item_after_s, NEW_ITEM_MAX_S),
     )
     for subject, seconds, allowed in promises:
         for site, measured in seconds.items():

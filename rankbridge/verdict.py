@@ -507,12 +507,18 @@ def _crossing_breaches(crossing: Crossing | None) -> Iterable[Breach]:
         return
     promises = (
         ("served_late", "served the bundle", "the channel had moved", crossing.served_after_s, SERVED_AFTER_MAX_S),
-        ("new_item_late", "recommended the new item", "its file was there", crossing.new_item_after_s, NEW_ITEM_MAX_S),
+        (
+            "new_item_late",
+            "answered with the new item",
+            "its file was there",
+            crossing.new_item_after_s,
+            NEW_ITEM_MAX_S,
+        ),
     )
     for what, did, since, seconds, allowed in promises:
         for site, measured in seconds.items():
             if measured > allowed:
-                sentence = f"{site} {did} {measured:.1f} s after {since}; {allowed:.0f} s are promised."
+                sentence = f"{site} had not {did} {allowed:.0f} s after {since}: it took {measured:.1f} s at the least."
                 yield Breach(what=what, sentence=sentence, measured=measured, allowed=allowed, unit="s")
     if crossing.lake is not None and crossing.lake.difference is not None:
         yield Breach(what="lake", sentence=f"{crossing.lake.difference}.")
