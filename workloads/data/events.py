@@ -194,7 +194,7 @@ def _schema_fault(frame: pl.DataFrame) -> str:
 SAMPLES_PER_RULE: Final = 1000
 """Faults kept in full per rule; further ones are only counted."""
 VALUE_CUT: Final = 60
-PERSONAL: Final = frozenset({"user", "session"})
+PERSONAL: Final = frozenset({"user", "session", "query"})
 """Fields whose values are never quoted."""
 
 _UNPRINTABLE = re.compile(r"[^\x20-\x7e\u00a0-\ud7ff\ue000-\ufffd]")

@@ -210,6 +210,7 @@ def test_a_sample_is_cut_and_carries_no_control_character_and_no_person():
     assert len(safe_sample("item", "x" * 500)) == 61
     assert "ada" not in safe_sample("user", "ada@example.com")
     assert "ada" not in safe_sample("session", "ada-2026-01-05")
+    assert "ada" not in safe_sample("query", "ada lovelace, 12 St James's Square")
     assert safe_sample("item", None) == ""
 
 
