@@ -67,6 +67,7 @@ def _gpu(config: FoundationConfig, site: Site, group: NodeGroup, number: int) ->
     is_spot = group.is_mixed and number >= group.on_demand_base
     added = {  # what the join script learns from the instance's metadata
         "topology.kubernetes.io/zone": zone,
+        "rankbridge.io/gpu-type": instance_type.name,
         "rankbridge.io/lifecycle": "spot" if is_spot else "on-demand",
     }
     declared = cluster.gpu_config(config, site, group)
