@@ -106,10 +106,18 @@ class Deployment:
     # what is said of it
 
     def missing(self) -> dict[str, str]:
-        """What keeps the site from serving at all."""
-        if self.editions is not None:
+        """What keeps the site from serving at all; or, where it was given one bundle for ever, from serving that."""
+        wanted = self._wanted()
+        refused = None if wanted is None else self._refused.get(wanted)
+        why = self._waits or self._hindrance or (f"{refused.reason}: {refused}" if refused else "")
+        if self.editions is None:
+            return {"edition": why or "nothing was brought here yet"}
+        if self._releases.channel is not None:
             return {}
-        return {"edition": self._waits or self._hindrance or "nothing was brought here yet"}
+        if wanted is not None and (wanted.held or self.editions.load == [wanted.edition]):
+            return {}
+        name = "the bundle" if wanted is None else str(wanted.edition)
+        return {"edition": f"{name} is not served alone yet: {why or 'it is being brought'}"}
 
     def detail(self) -> dict[str, object]:
         """For `/readyz`."""

@@ -1,8 +1,9 @@
 """The agent as a server: its three loops, and what it says about itself.
 
 One loop keeps models in Triton, one reads the channel, one brings the site from edition to edition; none waits for
-another, so that a cloud that hangs keeps nobody from a rollback. Ready means that something is served, loaded and warm:
-a release that was refused, or a cloud that is gone, stands in the detail and costs no readiness.
+another, so that a cloud that hangs keeps nobody from a rollback. Ready means that something is served, loaded and warm
+(that bundle, where one was given for ever): a release that was refused, or a cloud that is gone, stands in the detail
+and costs no readiness.
 """
 
 from __future__ import annotations

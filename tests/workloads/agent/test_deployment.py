@@ -170,6 +170,41 @@ async def test_an_older_pointer_moves_nobody_where_the_note_of_the_newest_was_lo
     assert world.serves == other.name
 
 
+async def test_an_agent_that_was_given_a_bundle_is_ready_when_that_is_served_and_not_while_another_is(
+    world: World, made: Path, other: Path
+) -> None:
+    await _served(world, made)
+    world.releases.channel = None  # as `--bundle DIR`
+    world.releases.pointer = Wanted(other.name)
+    world.start()
+    world.neighbours.draining = 1
+    await world.run()
+    missing = world.deployment.missing()["edition"]
+    assert missing.startswith(f"{other.name[:12]}+0 is not served alone yet")
+    assert "to finish 1 requests" in missing
+    world.neighbours.draining = 0
+    await world.run()
+    assert world.deployment.missing() == {}
+    # By hand goes before.
+    _hold(world, made, 0)
+    await world.run()
+    assert (world.serves, world.deployment.missing()) == (made.name, {})
+
+
+async def test_a_bundle_that_was_given_and_refused_is_missing_with_the_reason(
+    make_world: Callable[..., World], made: Path, tmp_path: Path
+) -> None:
+    bad = altered(made, tmp_path / "bad", _nan)
+    world = make_world(made, bad)
+    await _served(world, made)
+    world.releases.channel = None
+    world.releases.pointer = Wanted(bad.name)
+    world.start()
+    await world.run(40)
+    assert world.serves == made.name
+    assert "nonsense" in world.deployment.missing()["edition"]
+
+
 async def test_an_edition_that_went_from_the_disk_goes_from_the_file_too(world: World, made: Path, other: Path) -> None:
     await _served(world, made)
     world.neighbours.draining = 1
