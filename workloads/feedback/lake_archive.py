@@ -12,7 +12,7 @@ import duckdb
 from workloads.feedback.archive import ArchiveError
 from workloads.feedback.spool import Row
 from workloads.lake.faults import LakeError
-from workloads.lake.lake import Lake
+from workloads.lake.lake import WAIT_S, Lake
 from workloads.lake.schema import INTAKE, SchemaError
 from workloads.lake.spool import SpoolError as UnreadableSpoolError
 
@@ -20,10 +20,14 @@ _FAULTS: Final = (LakeError, SchemaError, UnreadableSpoolError, duckdb.Error, OS
 
 
 class LakeArchive:
-    """The real lake, opened when it is first needed; `take` makes one where there is none."""
+    """The real lake, opened when it is first needed; `take` makes one where there is none.
 
-    def __init__(self, path: Path) -> None:
+    Another writer (a load, an erasure) is waited for `wait_s` seconds; then the next round tries again.
+    """
+
+    def __init__(self, path: Path, *, wait_s: float = WAIT_S) -> None:
         self._path = path
+        self._wait_s = wait_s
         self._lake: Lake | None = None
 
     def take(self, spool: Path) -> int:
@@ -47,5 +51,5 @@ class LakeArchive:
 
     def _opened(self, *, create: bool) -> Lake:
         if self._lake is None:
-            self._lake = Lake.open(self._path, create=create)
+            self._lake = Lake.open(self._path, create=create, wait_s=self._wait_s)
         return self._lake

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
@@ -94,6 +95,7 @@ class SqliteSpool:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._connection: sqlite3.Connection | None = None
+        self._opened: tuple[int, int] | None = None
 
     def bounds(self) -> Bounds:
         """See `Spool`."""
@@ -114,9 +116,13 @@ class SqliteSpool:
     def _rows(self, query: str, *parameters: int) -> list[tuple[Any, ...]]:
         """All rows at once, so that no reading transaction outlives the call and keeps the log from being moved."""
         try:
+            found = self._identity()
+            if found != self._opened:  # another file was put there: one that is gone says nothing new for ever
+                self.close()
             if self._connection is None:
-                if not self.path.is_file():
+                if found is None:
                     raise SpoolError(f"{self.path.name}: not there yet; the intake makes it when it starts")
+                self._opened = found
                 uri = f"{self.path.absolute().as_uri()}?mode=ro"
                 self._connection = sqlite3.connect(
                     uri, uri=True, isolation_level=None, timeout=_BUSY_S, check_same_thread=False
@@ -126,3 +132,13 @@ class SqliteSpool:
             with contextlib.suppress(sqlite3.Error):
                 self.close()
             raise SpoolError(f"{self.path.name}: {error}") from None
+
+    def _identity(self) -> tuple[int, int] | None:
+        """Which file it is; None for none."""
+        try:
+            state = self.path.stat()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise SpoolError(f"{self.path.name}: {error.strerror}") from None
+        return (state.st_dev, state.st_ino) if stat.S_ISREG(state.st_mode) else None

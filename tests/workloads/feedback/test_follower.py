@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,12 @@ from workloads.feedback.archive import MemoryArchive
 from workloads.feedback.follower import Follower, Position
 from workloads.feedback.gauges import Gauges
 from workloads.feedback.keeper import FakeTrimmer, HttpTrimmer, Keeper, TrimError
-from workloads.feedback.spool import MemorySpool, Row
+from workloads.feedback.lake_archive import LakeArchive
+from workloads.feedback.service import Loops
+from workloads.feedback.spool import MemorySpool, Row, SqliteSpool
+from workloads.intake.records import Batch
+from workloads.intake.store import COLUMNS, SqliteStore
+from workloads.lake import durable
 from workloads.telemetry.metrics import new_registry, render
 
 AT = 1_767_600_000_000
@@ -214,3 +221,74 @@ def test_an_intake_that_is_down_is_a_fault_of_the_round_and_no_more():
     for wrong in ("127.0.0.1:8082", "https://127.0.0.1:8082", "http://127.0.0.1:8082/path"):
         with pytest.raises(ValueError, match="no address of an intake"):
             HttpTrimmer(wrong)
+
+
+# --- over real files ------------------------------------------------------------------------------
+
+
+def acknowledge(path: Path, numbers: range) -> None:
+    """What an intake does, and goes."""
+    store = SqliteStore(path)
+    row = {"type": "view", "user": ADA, "schema_version": 2}
+    rows = [
+        tuple(
+            {
+                **row,
+                "event_id": f"{AT + n >> 16:08x}-{AT + n & 0xFFFF:04x}-7{n:03x}-8000-{n:012x}",
+                "timestamp_ms": AT + n,
+                "item": f"sku-{n}",
+            }.get(name)
+            for name in COLUMNS
+        )
+        for n in numbers
+    ]
+    store.append([Batch(rows, [])], AT + numbers[-1])
+    store.close()
+
+
+def test_a_spool_that_another_was_put_in_the_place_of_is_not_followed_any_more(tmp_path: Path):
+    path, other = tmp_path / "events.sqlite", tmp_path / "copy.sqlite"
+    acknowledge(path, range(1, 3))
+    acknowledge(other, range(11, 16))
+    spool = SqliteSpool(path)
+    assert spool.bounds().last == 2
+    other.replace(path)
+    assert spool.bounds().last == 5
+    assert [row.item for row in spool.after(2, 10)] == ["sku-13", "sku-14", "sku-15"]
+    spool.close()
+
+
+def test_a_lake_that_is_being_loaded_makes_no_profile_wait(tmp_path: Path):
+    spool, lake = tmp_path / "events.sqlite", tmp_path / "lake"
+    acknowledge(spool, range(1, 3))
+    LakeArchive(lake).take(spool)
+    place = Place([])
+    place.spool = SqliteSpool(spool)  # type: ignore[assignment]  # the real one
+    place.follower = place.again()
+    keeper = Keeper(
+        LakeArchive(lake, wait_s=0.3),
+        spool,
+        FakeTrimmer(),
+        applied=lambda: place.position.applied,
+        keep_ms=0,
+        clock_ms=lambda: AT,
+    )
+    loops = Loops(place.follower, keeper, lake_every_s=0.05)
+    with durable.locked(lake / "writer.lock", 1.0):
+        loops.start()
+        eventually(lambda: place.position.applied == 2)
+        acknowledge(spool, range(3, 6))
+        eventually(lambda: place.position.applied == 5)
+        eventually(lambda: keeper.fault is not None)
+        assert place.position.faults == {}
+        assert place.items() == [f"sku-{n}" for n in range(1, 6)]
+    eventually(lambda: keeper.fault is None)
+    loops.stop()
+    assert LakeArchive(lake).take(spool) == 5
+
+
+def eventually(question: Callable[[], bool], patience_s: float = 20.0) -> None:
+    until = time.monotonic() + patience_s
+    while not question():
+        assert time.monotonic() < until
+        time.sleep(0.01)
