@@ -61,8 +61,14 @@ def exceptions(reasons: Mapping[str, str]) -> dict[str, str]:
     given = {**EVERYWHERE, **reasons}
     return {
         IGNORED_CHECKS: ",".join(sorted(given)),
-        **{f"{REASON}-{check}": why for check, why in sorted(given.items())},
+        **{reason_key(check): why for check, why in sorted(given.items())},
     }
+
+
+def reason_key(check: str) -> str:
+    """The annotation that says why a check does not apply; a name has 63 bytes at most, and one check's is longer."""
+    domain, _, name = f"{REASON}-{check}".partition("/")
+    return f"{domain}/{name[:63]}"
 
 
 def http_probe(path: str, port: str, *, period: int = 5, failures: int = 3) -> k8s.core.v1.ProbeArgs:

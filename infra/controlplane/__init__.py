@@ -50,6 +50,26 @@ STOP_SECONDS: Final = 10
 LEASE_SECONDS: Final = 40
 
 
+_READY_AGAIN: Final = """
+apiVersion: kwok.x-k8s.io/v1alpha1
+kind: Stage
+metadata: {name: pod-ready-again}
+spec:
+  resourceRef: {apiGroup: v1, kind: Pod}
+  selector:
+    matchExpressions:
+    - {key: .metadata.deletionTimestamp, operator: DoesNotExist}
+    - {key: .status.phase, operator: In, values: [Running]}
+    - {key: '.status.conditions.[] | select( .type == "Ready" ) | .status', operator: NotIn, values: ['True']}
+  next:
+    statusTemplate: |
+      conditions:
+      - {type: Ready, status: "True", lastTransitionTime: {{ Now | Quote }}}
+"""
+"""What KWOK's own stages leave out: a kubelet that comes back reports its pods anew, which the control plane had
+called unready meanwhile."""
+
+
 class ControlPlaneError(RuntimeError):
     """Something is missing or did not come up; the message says what to do."""
 
@@ -179,6 +199,7 @@ class ControlPlane:
         for stage in stages:
             if stage["metadata"]["name"] == "pod-ready" and self.pod_start_ms:
                 stage["spec"]["delay"] = {"durationMilliseconds": self.pod_start_ms}
+        stages.append(yaml.safe_load(_READY_AGAIN))
         path = self.home / "stages.yaml"
         path.write_text(yaml.safe_dump_all(stages))
         return path

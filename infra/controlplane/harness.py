@@ -182,7 +182,8 @@ class Deployed:
             if c["type"] == "ReplicaFailure"
         ]
         for pod in self.api.find("v1", "Pod"):
-            if pod["status"].get("phase") == "Pending":
+            phase = pod["status"].get("phase", "")
+            if phase in ("Pending", "Running") and not is_ready(pod):
                 messages = [c.get("message", "") for c in pod["status"].get("conditions") or ()]
-                said.append(f"{pod['metadata']['name']}: {' '.join(filter(None, messages)) or 'pending'}")
+                said.append(f"{pod['metadata']['name']}: {' '.join([phase, *filter(None, messages)])}, not ready")
         return "\n".join(said)

@@ -22,7 +22,7 @@ from infra.controlplane import BINARIES
 from infra.controlplane.api import Api, Manifest
 from infra.controlplane.harness import Deployed, Figures
 from infra.edges import Endpoint, Party
-from infra.pods import IGNORED_CHECKS, REASON
+from infra.pods import IGNORED_CHECKS, reason_key
 
 KUBERNETES = "v1.34"
 """What the foundation declares (k3s)."""
@@ -60,7 +60,7 @@ def exceptions(manifests: Sequence[Manifest]) -> list[tuple[str, str, str]]:
             notes = metadata.get("annotations") or {}
             name = f"{manifest['kind']} {manifest['metadata']['name']}"
             ignored = [check for check in notes.get(IGNORED_CHECKS, "").split(",") if check]
-            found += [(check, name, notes.get(f"{REASON}-{check}", "")) for check in ignored]
+            found += [(check, name, notes.get(reason_key(check), "")) for check in ignored]
     return found
 
 
