@@ -36,10 +36,12 @@ class Order:
     target: str = ""
     """Stage to build; the last one when empty."""
     arguments: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     secrets: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     """Files that the build may read and no layer holds, by id."""
-    epoch: int = 0
-    """Seconds since 1970 that every file and the image are dated, so that the same source makes the same bytes."""
+    epoch: int = 315_532_800
+    """Date of every file and of the image, in seconds since 1970, so that the same source makes the same bytes. The
+    first day of 1980, and not the revision's: packages that did not change stay one layer, which nobody pulls again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,6 +249,8 @@ def _build_options(order: Order, arguments: Mapping[str, str]) -> list[str]:
         options += ["--target", order.target]
     for name, value in sorted(arguments.items()):
         options += ["--build-arg", f"{name}={value}"]
+    for name, value in sorted(order.labels.items()):
+        options += ["--label", f"{name}={value}"]
     for name, path in sorted(order.secrets.items()):
         options += ["--secret", f"id={name},src={path}"]
     return options

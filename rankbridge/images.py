@@ -121,7 +121,6 @@ class Source:
 
     revision: str
     """40 hex digits; `-dirty` behind it where files of the images differ from it."""
-    epoch: int
 
     @property
     def tag(self) -> str:
@@ -138,13 +137,13 @@ class Source:
             return done.stdout.strip()
 
         try:
-            commit, epoch = git("log", "-1", "--format=%H %ct").split()
+            commit = git("rev-parse", "HEAD")
             changed = git("status", "--porcelain", "--", "workloads", "loadtests", "images", "requirements/tools.txt")
-        except (OSError, subprocess.CalledProcessError, ValueError):
+        except (OSError, subprocess.CalledProcessError):
             raise DeskError(
                 f"{root} is no git checkout: an image would not know what it was made of", "build in a clone"
             ) from None
-        return cls(f"{commit}-dirty" if changed else commit, int(epoch))
+        return cls(f"{commit}-dirty" if changed else commit)
 
 
 @app.command()
@@ -171,22 +170,15 @@ def build(
     layout = _layout()
     log = layout.log("images")
     chosen = [one for one in DEPLOYABLES if one.name in _known(names, [one.name for one in DEPLOYABLES])]
-    reference = None if base == DEBIAN else _base(layout, base)
+    given = None if base == DEBIAN else _base(layout, base)
     source = Source.of(layout.root)
     found = engines.find(engines.candidates(), log, engine)
     _out.print(f"building with {found.name}; what it says is in {layout.shown(log)}", soft_wrap=True)
-    on = reference or debian(found, source.epoch, log)
-    with _secrets(layout.root) as secrets:
+    on = given or debian(found, log)
+    with index_secrets(layout.root) as secrets:
         for one in chosen:
-            order = engines.Order(
-                context=layout.root,
-                dockerfile=layout.root / "images" / "Dockerfile",
-                reference=f"{LOCAL}/{one.name}:{tag or source.tag}",
-                target=one.name,
-                arguments={"BASE": on, "REVISION": source.revision},
-                secrets=secrets,
-                epoch=source.epoch,
-            )
+            reference = f"{LOCAL}/{one.name}:{tag or source.tag}"
+            order = dockerfile_order(layout.root, one.name, reference, base=on, source=source, secrets=secrets)
             made = engines.build(found, order, log)
             _out.print(
                 f"{made.reference}  {made.identity}  {made.size_bytes / 1e6:.0f} MB in {made.seconds:.0f} s",
@@ -300,7 +292,22 @@ def list_command(
     _out.print(table)
 
 
-def debian(engine: engines.Engine, epoch: int, log: Path) -> str:
+def dockerfile_order(
+    root: Path, name: str, reference: str, *, base: str, source: Source, secrets: Mapping[str, Path]
+) -> engines.Order:
+    """What an engine is asked for to make one of our images."""
+    return engines.Order(
+        context=root,
+        dockerfile=root / "images" / "Dockerfile",
+        reference=reference,
+        target=name,
+        arguments={"BASE": base},
+        labels={"org.opencontainers.image.revision": source.revision},
+        secrets=secrets,
+    )
+
+
+def debian(engine: engines.Engine, log: Path) -> str:
     """A base made here of Debian's packages, where no registry can be reached; made once. Raises DeskError."""
     reference = f"{LOCAL}/base:{DEBIAN}-{_SUITE}"
     if engine.inspect(reference) is not None:
@@ -311,10 +318,10 @@ def debian(engine: engines.Engine, epoch: int, log: Path) -> str:
         options = [f"--dpkgopt=path-exclude={pattern}" for pattern in _LEFT_OUT]
         include = "--include=python3-venv,libstdc++6,ca-certificates"
         command = ["mmdebstrap", "--variant=essential", include, *options, _SUITE, str(context / "root.tar")]
-        engines.run(command, log, "making a base with mmdebstrap", {"SOURCE_DATE_EPOCH": str(epoch)})
-        dockerfile = context / "Dockerfile"
-        dockerfile.write_text("FROM scratch\nADD root.tar /\n")
-        engines.build(engine, engines.Order(context, dockerfile, reference, epoch=epoch), log)
+        order = engines.Order(context, context / "Dockerfile", reference)
+        order.dockerfile.write_text("FROM scratch\nADD root.tar /\n")
+        engines.run(command, log, "making a base with mmdebstrap", {"SOURCE_DATE_EPOCH": str(order.epoch)})
+        engines.build(engine, order, log)
     return reference
 
 
@@ -405,7 +412,7 @@ def _shown(text: str | None) -> str:
 
 
 @contextlib.contextmanager
-def _secrets(root: Path) -> Iterator[dict[str, Path]]:
+def index_secrets(root: Path) -> Iterator[dict[str, Path]]:
     """How the package index is reached from here, for the build alone: its certificates and its address."""
     environment = Setup(root).environment()
     with tempfile.TemporaryDirectory() as folder:

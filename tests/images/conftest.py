@@ -94,8 +94,10 @@ def _handler(registry: FakeRegistry) -> type[Handler]:
 
         def manifest(self, name: str, tag: str) -> None:
             if self.command == "PUT":
-                registry.manifests[name, tag] = (self.body(), self.headers["Content-Type"])
-                self.reply(201)
+                held = (self.body(), self.headers["Content-Type"])
+                digest = registry.digest(held[0])
+                registry.manifests |= {(name, tag): held, (name, str(digest)): held}
+                self.reply(201, docker_content_digest=digest)
             elif (name, tag) not in registry.manifests:
                 self.reply(404, b'{"errors": []}')
             else:

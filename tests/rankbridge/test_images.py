@@ -199,6 +199,6 @@ def test_an_image_knows_the_revision_it_was_made_of(tmp_path: Path) -> None:
     source = Source.of(ROOT)
     assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", source.revision)
     assert source.tag[:12] == source.revision[:12]
-    assert Source("ab" * 20 + "-dirty", 1).tag == "ab" * 6 + "-dirty"
+    assert Source("ab" * 20 + "-dirty").tag == "ab" * 6 + "-dirty"
     with pytest.raises(DeskError, match="no git checkout"):
         Source.of(tmp_path)
