@@ -1,8 +1,8 @@
 """Going back by hand: ask the site's agent for an edition that is on disk, and wait until it is served.
 
 The wish is a file (`memory.Hold`), so that it is not lost when the agent does not run, and needs no cloud. It holds
-until the channel moves on. Nothing is flipped here: Triton must have the model before gateways turn to it, which is the
-agent's work.
+until the channel moves on; asked for twice, it happens once. Nothing is flipped here: Triton must have the model before
+gateways turn to it, which is the agent's work.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def rollback(
     root: Path = options.site_dir
     editions = _editions(root)
     edition = _chosen(root, editions, options.to)
-    if edition == editions.serve and len(editions.load) == 1 and memory.read_hold(root) is None:
+    hold = memory.read_hold(root)
+    if edition == editions.serve and len(editions.load) == 1 and (hold is None or hold.edition == edition):
         progress.result({"edition": str(edition)}, seconds=0.0)
         return
     seen = memory.read_seen(root)
@@ -98,8 +99,13 @@ def _chosen(root: Path, editions: SiteEditions, asked: str | None) -> Edition:
     """The edition that is asked for, which is on disk. Raises RollbackFault."""
     site = SiteDirectory(root)
     if asked is None:
-        # While a flip is under way, back is where it began.
-        before = next((one for one in editions.load if one != editions.serve), editions.previous)
+        hold = memory.read_hold(root)
+        if hold is not None and hold.refused is None:
+            # Asked for before, perhaps done: what is previous now is what was gone away from.
+            before: Edition | None = hold.edition
+        else:
+            # While a flip is under way, back is where it began.
+            before = next((one for one in editions.load if one != editions.serve), editions.previous)
         if before is None:
             raise RollbackFault(f"{root} has no previous edition", "name one with --to, or promote one")
         edition = before

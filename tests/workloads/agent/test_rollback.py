@@ -58,6 +58,27 @@ def test_it_ends_when_the_edition_is_served_alone(site: SiteDirectory, said: Sai
     assert line.made == {"edition": f"{made.name[:12]}+0"}
 
 
+def test_going_back_again_does_not_go_forward_to_what_was_left(
+    site: SiteDirectory, said: Said, made: Path, other: Path
+):
+    back, ahead = Edition(bundle=made.name), Edition(bundle=other.name)
+    assert _go(site, "--wait-s", "0") == 2  # the agent is slow
+    write_editions(site.editions, SiteEditions(load=[back], serve=back, previous=ahead))
+    assert _go(site, "--wait-s", "0") == 0
+    assert _go(site, "--wait-s", "0") == 0
+    line = said()
+    assert isinstance(line, ResultLine)
+    assert line.made == {"edition": f"{made.name[:12]}+0"}
+    assert memory.read_hold(site.root) == Hold(edition=back, sequence=7)
+
+
+def test_a_wish_that_was_refused_is_not_asked_for_again(site: SiteDirectory, made: Path, other: Path):
+    there = Edition(bundle=other.name)
+    memory.write_hold(site.root, Hold(edition=there, sequence=7, refused="content: damaged"))
+    assert _go(site, "--wait-s", "0") == 2
+    assert memory.read_hold(site.root) == Hold(edition=Edition(bundle=made.name), sequence=7)
+
+
 def test_a_refusal_of_the_agent_is_the_fault(
     site: SiteDirectory, said: Said, made: Path, monkeypatch: pytest.MonkeyPatch
 ):
