@@ -93,11 +93,18 @@ def _localstack(layout: Layout, *, keep: bool) -> Iterator[Cloud]:
     from infra.emulator import EmulatorError  # noqa: PLC0415 - as in `check`
 
     cloud, emulator, lock_days = _local_cloud(layout)
-    ran = emulator.pid() is not None and emulator.healthy()
+    ours = layout.home / "localstack" / "rehearsal"
+    ran = emulator.pid() is not None and emulator.healthy() and not _is_noted(ours, emulator.pid())
     try:
         emulator.start()
     except EmulatorError as error:
         raise DeskError(str(error), "see the lines above; `--aws environment` goes without it") from error
+    if keep:
+        ours.unlink(missing_ok=True)
+    elif not ran:
+        # For the next rehearsal, if this one is killed: nobody else would end it.
+        ours.parent.mkdir(parents=True, exist_ok=True)
+        ours.write_text(f"{emulator.pid()}\n")
     try:
         client = s3(cloud)
         _make_bucket(client, cloud.data_bucket, cloud.settings["AWS_DEFAULT_REGION"], lock_days=None)
@@ -107,6 +114,14 @@ def _localstack(layout: Layout, *, keep: bool) -> Iterator[Cloud]:
         if not ran and not keep:
             with shield():
                 emulator.stop()
+                ours.unlink(missing_ok=True)
+
+
+def _is_noted(note: Path, pid: int | None) -> bool:
+    """Whether a rehearsal noted that it started this very process."""
+    with contextlib.suppress(OSError):
+        return note.read_text().strip() == str(pid)
+    return False
 
 
 def _local_cloud(layout: Layout) -> tuple[Cloud, Emulator, int]:
