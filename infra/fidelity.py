@@ -13,6 +13,8 @@ from typing import Final
 RECORDED: Final = "recording only"
 LOCALSTACK: Final = "LocalStack"
 MOTO: Final = "LocalStack + plugin (moto)"
+CONTROL_PLANE: Final = "real control plane, nodes played by KWOK"
+PLAYED: Final = "its definition on the real control plane"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Row:
 
 
 _TAGS: Final = "the call is accepted and read back"
+_ACCEPTED: Final = "the API server accepts it with every field known, and a second apply changes nothing"
+_NO_CONTAINERS: Final = "containers: no image is pulled and nothing runs on a played node, so that probes always pass"
 
 LEDGER: Final[dict[str, Row]] = {
     "aws:autoscaling/group:Group": Row(
@@ -158,6 +162,96 @@ LEDGER: Final[dict[str, Row]] = {
         "SSH, systemd, and k3s itself: there is no k3s here. Its files are checked as YAML and JSON, not by k3s",
         driven=True,
     ),
+    "kubernetes:admissionregistration.k8s.io/v1:ValidatingAdmissionPolicy": Row(
+        CONTROL_PLANE, "its expressions compile, and it refuses what it must", "nothing of note", driven=True
+    ),
+    "kubernetes:admissionregistration.k8s.io/v1:ValidatingAdmissionPolicyBinding": Row(
+        CONTROL_PLANE, _ACCEPTED, "nothing of note", driven=True
+    ),
+    "kubernetes:apps/v1:DaemonSet": Row(
+        CONTROL_PLANE, "one pod on each GPU node", "the device plugin: played nodes state their GPUs", driven=True
+    ),
+    "kubernetes:apps/v1:Deployment": Row(
+        CONTROL_PLANE,
+        "Pod Security, quota, scheduling, rollouts and evictions are Kubernetes' own",
+        _NO_CONTAINERS,
+        driven=True,
+    ),
+    "kubernetes:apps/v1:StatefulSet": Row(
+        CONTROL_PLANE, "as a Deployment; its claims are bound", f"{_NO_CONTAINERS}; disks", driven=True
+    ),
+    "kubernetes:autoscaling/v2:HorizontalPodAutoscaler": Row(
+        CONTROL_PLANE,
+        "the real controller follows an external metric up and down",
+        "the metric: an APIService of the tests answers in the place of KEDA or an adapter",
+        driven=True,
+    ),
+    "kubernetes:batch/v1:CronJob": Row(CONTROL_PLANE, _ACCEPTED, f"{_NO_CONTAINERS}; training, TensorRT", driven=True),
+    "kubernetes:core/v1:ConfigMap": Row(
+        CONTROL_PLANE, f"{_ACCEPTED}; dashboards are JSON over series that exist", "Grafana", driven=True
+    ),
+    "kubernetes:core/v1:LimitRange": Row(CONTROL_PLANE, _ACCEPTED, "nothing of note", driven=True),
+    "kubernetes:core/v1:Namespace": Row(
+        CONTROL_PLANE, "Pod Security refuses what it must and takes all of ours", "nothing of note", driven=True
+    ),
+    "kubernetes:core/v1:PersistentVolumeClaim": Row(CONTROL_PLANE, "it is bound", "a disk", driven=True),
+    "kubernetes:core/v1:ResourceQuota": Row(
+        CONTROL_PLANE, "all fits at its highest, and one pod more is refused", "nothing of note", driven=True
+    ),
+    "kubernetes:core/v1:Secret": Row(CONTROL_PLANE, _ACCEPTED, "encryption at rest", driven=True),
+    "kubernetes:core/v1:Service": Row(
+        CONTROL_PLANE, "its endpoints follow its pods", "packets: there is no kube-proxy and no DNS", driven=True
+    ),
+    "kubernetes:core/v1:ServiceAccount": Row(
+        CONTROL_PLANE, "operators work with no more", "nothing of note", driven=True
+    ),
+    "kubernetes:keda.sh/v1alpha1:ScaledObject": Row(
+        PLAYED,
+        "it holds to KEDA's own schema",
+        "scaling by KEDA: it does not run here; an HPA is driven instead",
+        driven=True,
+    ),
+    "kubernetes:monitoring.coreos.com/v1:PodMonitor": Row(
+        PLAYED, "it holds to prometheus-operator's schema", "that anything is scraped", driven=True
+    ),
+    "kubernetes:monitoring.coreos.com/v1:PrometheusRule": Row(
+        PLAYED,
+        "the schema; promtool takes the rules, and fires them on made-up series",
+        "delivery of alerts",
+        driven=True,
+    ),
+    "kubernetes:monitoring.coreos.com/v1:ServiceMonitor": Row(
+        PLAYED, "it holds to prometheus-operator's schema", "that anything is scraped", driven=True
+    ),
+    "kubernetes:networking.k8s.io/v1:Ingress": Row(CONTROL_PLANE, _ACCEPTED, "TLS and routing", driven=True),
+    "kubernetes:networking.k8s.io/v1:NetworkPolicy": Row(
+        "real control plane, and a function that judges packets",
+        "every pair of parties, sites and ports is allowed if the table of edges says so, and only then",
+        "packet filtering: played nodes enforce nothing. The function is ours, not a CNI's",
+        driven=True,
+    ),
+    "kubernetes:node.k8s.io/v1:RuntimeClass": Row(CONTROL_PLANE, _ACCEPTED, "NVIDIA's runtime", driven=True),
+    "kubernetes:policy/v1:PodDisruptionBudget": Row(
+        CONTROL_PLANE, "a drain takes one pod at a time", "nothing of note", driven=True
+    ),
+    "kubernetes:rbac.authorization.k8s.io/v1:ClusterRole": Row(
+        CONTROL_PLANE,
+        "operators do their work with it, and are refused beyond it",
+        "cluster-autoscaler itself",
+        driven=True,
+    ),
+    "kubernetes:rbac.authorization.k8s.io/v1:ClusterRoleBinding": Row(
+        CONTROL_PLANE, "as its role", "as its role", driven=True
+    ),
+    "kubernetes:rbac.authorization.k8s.io/v1:Role": Row(
+        CONTROL_PLANE, "as a ClusterRole", "as a ClusterRole", driven=True
+    ),
+    "kubernetes:rbac.authorization.k8s.io/v1:RoleBinding": Row(
+        CONTROL_PLANE, "as its role", "as its role", driven=True
+    ),
+    "kubernetes:scheduling.k8s.io/v1:PriorityClass": Row(
+        CONTROL_PLANE, "serving pods push jobs aside, and jobs push nobody", "nothing of note", driven=True
+    ),
 }
 
 
@@ -171,12 +265,13 @@ def page(types: Collection[str]) -> str:
     lines = [
         "# Fidelity ledger",
         "",
-        "What stands for the real thing when there is no AWS, what that proves and what it does not.",
+        "What stands for the real thing when there is no AWS and no cluster, what that proves and what it does not.",
         "Generated from `infra/fidelity.py` by `make infra-docs`; a declared type without a row fails the tests.",
         "",
         "*Driven* means that a test sends the very document which the program renders to the emulator, without the",
         "Pulumi CLI. With it, `tests/engine` brings up the whole of `foundation-local`; rows of *recording only* are",
-        "in no stack that an emulator can run. Policy rules (`infra/rules`) hold for all of them.",
+        "in no stack that an emulator can run. Policy rules (`infra/rules`) hold for all of them. For kinds of",
+        "Kubernetes, *driven* means that `make test-cluster` applies the manifest which the program renders.",
         "",
         "| resource | stands for it | driven | proves | does not prove |",
         "|---|---|---|---|---|",

@@ -27,6 +27,12 @@ HOLDER_WAITS_S: Final = 3600
 """A GPU pod, or one with a volume, is not moved for a hiccup of the VPN: the other site serves meanwhile."""
 
 
+_WARM: Final = {
+    "deployment-targeted-by-hpa-does-not-have-replicas-configured": "the warm pods of the first update; later ones "
+    "leave the number to the scaler (ignoreChanges)"
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Scaling:
     """A measure of load from outside the pods, and how much of it each pod (or all of them) should see."""
@@ -75,6 +81,7 @@ class Service(pulumi.ComponentResource):
     def __init__(self, name: str, args: ServiceArgs, opts: ResourceOptions | None = None) -> None:
         super().__init__("rankbridge:apps:Service", name, None, opts)
         self._name, self._args = name, args
+        self._excused = pods.exceptions({**args.exceptions, **(_WARM if args.scaling is not None else {})})
         self._child = ResourceOptions(parent=self)
         role, site = args.settings.role.value, args.site.name
         self._labels, self._selector = pods.labels(role, site), pods.selector(role, site)
@@ -129,7 +136,7 @@ class Service(pulumi.ComponentResource):
         return k8s.core.v1.PodTemplateSpecArgs(
             metadata=k8s.meta.v1.ObjectMetaArgs(
                 labels={**self._labels, ROTATION_LABEL: IN_ROTATION},
-                annotations={**pods.exceptions(args.exceptions), **args.annotations},
+                annotations={**self._excused, **args.annotations},
             ),
             spec=k8s.core.v1.PodSpecArgs(
                 service_account_name=self._name,
@@ -173,7 +180,7 @@ class Service(pulumi.ComponentResource):
     def _deployment(self) -> k8s.apps.v1.Deployment:
         return k8s.apps.v1.Deployment(
             self._name,
-            metadata=self._meta(**pods.exceptions(self._args.exceptions)),
+            metadata=self._meta(**self._excused),
             spec=k8s.apps.v1.DeploymentSpecArgs(
                 # The warm ones; from then on the number is the scaler's, and an update leaves it alone.
                 replicas=self._args.settings.replicas,
@@ -195,7 +202,7 @@ class Service(pulumi.ComponentResource):
         args = self._args
         return k8s.apps.v1.StatefulSet(
             self._name,
-            metadata=self._meta(**pods.exceptions(args.exceptions)),
+            metadata=self._meta(**self._excused),
             spec=k8s.apps.v1.StatefulSetSpecArgs(
                 replicas=args.settings.replicas,
                 service_name=f"{self._name}-pods",

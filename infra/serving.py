@@ -14,7 +14,7 @@ import pulumi_kubernetes as k8s
 from pulumi import Input, Output
 
 from infra import pods, service
-from infra.apps_config import AppsConfig, Engine, Image, Resources, Role, RoleSettings, SiteSettings
+from infra.apps_config import AppsConfig, Crds, Engine, Image, Resources, Role, RoleSettings, SiteSettings
 from infra.edges import REDIS_PORT, SERVING
 from infra.pods import Access, Probes, mount
 from infra.rules.kubernetes import TRITON_RELEASE
@@ -65,7 +65,11 @@ class Serving:
     """How agents reach the models bucket."""
 
     def args(self, site: SiteSettings, settings: RoleSettings, policy: Input[Any]) -> ServiceArgs:
-        """A role at a site."""
+        """A role at a site; watched where prometheus-operator's kinds are."""
+        made = self._made(site, settings, policy)
+        return made if self.config.crds is not Crds.OFF else dataclasses.replace(made, metrics=())
+
+    def _made(self, site: SiteSettings, settings: RoleSettings, policy: Input[Any]) -> ServiceArgs:
         match settings.role:
             case Role.GATEWAY:
                 return self._gateway(site, settings, policy)

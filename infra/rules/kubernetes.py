@@ -176,7 +176,7 @@ def spread(resource: Resource, _: Context) -> Iterator[str]:
     """Pods of a kind are not all on one node."""
     if resource.get("spec", "replicas") in (0, 1):
         return
-    if not template(resource).sequence("spec", "topologySpreadConstraints"):
+    if not resource.get("spec", "template", "spec", "topologySpreadConstraints"):  # unknown is true
         yield "must spread its pods: topologySpreadConstraints"
 
 

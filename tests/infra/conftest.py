@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from infra import config, recording, stackfile
+from infra import config, paper, recording, stackfile
 from infra.plan import FaultsError
 
 SHA256 = "".join(f"{i:02x}" for i in range(32))
@@ -58,3 +58,27 @@ def recorded(stack: str, *, preview: bool = False) -> recording.Recording:
 @pytest.fixture(name="recorded")
 def _recorded() -> Callable[..., recording.Recording]:
     return recorded
+
+
+_APPS: dict[tuple[str, bool], recording.Recording] = {}
+
+
+def apps_recorded(
+    stack: str = "apps-prod",
+    *,
+    preview: bool = False,
+    **sections: Any,  # noqa: ANN401 -- stack values
+) -> recording.Recording:
+    """The recorded program of an apps stack on its foundation; a committed one is run once."""
+    below = recorded(stack.replace("apps", "foundation", 1))
+    if sections:
+        return paper.record_apps(stack, below, preview=preview, **sections)
+    key = (stack, preview)
+    if key not in _APPS:
+        _APPS[key] = paper.record_apps(stack, below, preview=preview)
+    return _APPS[key]
+
+
+@pytest.fixture(name="apps")
+def _apps() -> Callable[..., recording.Recording]:
+    return apps_recorded

@@ -91,3 +91,11 @@ def test_a_violation_is_seen_beside_an_unknown_property(recorded: Callable[..., 
     connection["props"]["tunnel1PresharedKey"] = connection["props"]["tunnel2PresharedKey"]
     found = {name for name, _ in judge(resources)["found"]}
     assert found == {"imdsv2", "both-tunnels"}
+
+
+def test_the_apps_pass_and_a_violation_of_theirs_is_seen(apps: Callable[..., Recording]):
+    resources = given(apps("apps-prod"))
+    assert judge(resources)["found"] == []
+    service = next(r for r in resources if r["urn"].endswith("core/v1:Service::aws-triton"))
+    service["props"]["spec"]["type"] = "LoadBalancer"
+    assert {name for name, _ in judge(resources)["found"]} == {"inside-only"}
