@@ -70,6 +70,9 @@ def erase(
     intake: Annotated[
         str | None, typer.Option("--intake", metavar="URL", help="Home's intake; default: where `up` starts it.")
     ] = None,
+    profiles: Annotated[
+        str | None, typer.Option("--profiles", metavar="URL", help="A Redis that gateways read profiles from.")
+    ] = None,
 ) -> None:
     """Remove everybody who was forgotten from spool, lake, profiles, data sets and replicas.
 
@@ -86,6 +89,7 @@ def erase(
     arguments += ["--no-replicas"] if no_replicas else ["--data-bucket", str(data_bucket)]
     if layout.events.exists():
         arguments += ["--intake", intake or AddressBook().url(HOME, Listener.INTAKE)]
+    arguments += [] if profiles is None else ["--profiles", profiles]
     with jobs.viewing(_out) as view:
         done = jobs.run("workloads.erasure", arguments, log=layout.log("erasure"), view=view, root=layout.root)
     _out.print(f"{done.figures.get('erased', 0):.0f} erased")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -184,20 +185,24 @@ class RedisProfiles:
     ) -> int:
         """Put these profiles beside and over what is there, in steps; the number that were written.
 
-        Who was in the store and is not among them stays. The watermark goes back to the given one, at the end.
+        Who was in the store and is not among them stays; people who were forgotten stay so. The watermark goes back to
+        the given one, at the end.
         """
         count = 0
         with self._told(), self._redis.pipeline(transaction=False) as pipe:
-            for profile in profiles:
-                latest, older = rows_of(profile.touches)
-                pipe.set(_latest(profile.pseudonym), latest)
-                if older:
-                    pipe.set(_older(profile.pseudonym), older)
-                else:
-                    pipe.delete(_older(profile.pseudonym))
-                count += 1
-                if count % _FILL_AT_ONCE == 0:
-                    pipe.execute()
+            for some in _batches(profiles, _FILL_AT_ONCE):
+                forgotten = self._redis.mget([_forgotten(profile.pseudonym) for profile in some])
+                for profile, mark in zip(some, forgotten, strict=True):
+                    if mark is not None:
+                        continue
+                    latest, older = rows_of(profile.touches)
+                    pipe.set(_latest(profile.pseudonym), latest)
+                    if older:
+                        pipe.set(_older(profile.pseudonym), older)
+                    else:
+                        pipe.delete(_older(profile.pseudonym))
+                    count += 1
+                pipe.execute()
             for item, activity in items:
                 pipe.set(_item(item), encode(activity))
             pipe.set(_META, encode({**meta, "format": FORMAT}))
@@ -233,6 +238,12 @@ class RedisProfiles:
                 yield
         except (redis.RedisError, OSError, msgspec.DecodeError) as error:  # TimeoutError is an OSError
             raise ProfilesDownError(f"{self._where}: {_said(error)}") from None
+
+
+def _batches(profiles: Iterable[Profile], size: int) -> Iterator[list[Profile]]:
+    given = iter(profiles)
+    while some := list(itertools.islice(given, size)):
+        yield some
 
 
 def _said(error: Exception) -> str:

@@ -18,10 +18,10 @@ from pathlib import Path
 from types import FrameType
 
 from workloads.data.custody import CustodyError, custody
-from workloads.data.profiles import ProfilesDownError, ProfileStore, ProfileStoreError, open_profiles
+from workloads.data.profiles import ProfilesDownError, ProfileStoreError, open_profiles
 from workloads.erasure import rotation
 from workloads.erasure.job import SETTLE_MS, run_pass
-from workloads.erasure.places import Place, PlaceError, Replicas, places_of
+from workloads.erasure.places import EveryStore, PeopleStore, Place, PlaceError, Replicas, places_of
 from workloads.objects.s3 import S3Objects
 from workloads.objects.store import ObjectsError
 from workloads.privacy.audit import AuditError, AuditLog
@@ -60,7 +60,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--home", type=Path, required=True, help="the product's state directory, .rankbridge")
-    shared.add_argument("--profiles", help="file or redis:// address; default: HOME/onprem/profiles.sqlite")
+    shared.add_argument("--profiles", help="redis:// address or file, beside HOME/onprem/profiles.sqlite")
 
     replicas = argparse.ArgumentParser(add_help=False)
     bucket = replicas.add_mutually_exclusive_group(required=True)
@@ -161,14 +161,15 @@ def _erase(
 
 
 @contextlib.contextmanager
-def _profiles(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Iterator[ProfileStore | None]:
-    """The store of profiles; None for a home that has none and was told of none."""
-    where = arguments.profiles or str(arguments.home / "onprem" / "profiles.sqlite")
-    if arguments.profiles is None and not Path(where).exists():
-        yield None
-        return
-    with contextlib.closing(open_profiles(where, environ)) as store:
-        yield store
+def _profiles(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Iterator[PeopleStore | None]:
+    """Every store of profiles; None for a home that has none and was told of none."""
+    own = arguments.home / "onprem" / "profiles.sqlite"
+    named = [] if arguments.profiles is None else [arguments.profiles]
+    if own.exists() and str(own) not in named:
+        named.append(str(own))
+    with contextlib.ExitStack() as opened:
+        stores = [opened.enter_context(contextlib.closing(open_profiles(where, environ))) for where in named]
+        yield EveryStore(stores) if stores else None
 
 
 def _now_ms() -> int:

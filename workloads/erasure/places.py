@@ -14,7 +14,7 @@ import io
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 from urllib.parse import urlsplit
@@ -141,12 +141,39 @@ class LakeFiles:
             raise PlaceError(f"{self._path}: {error.strerror}", "see the disk, and run this again") from None
 
 
+class PeopleStore(Protocol):
+    """What becomes of people in a store of profiles (`data.profiles.ProfileStore`). Raises ProfilesDownError."""
+
+    def delete(self, pseudonyms: Sequence[str]) -> int:
+        """Forget these people; the number that were known."""
+        ...
+
+    def copy(self, names: Mapping[str, str]) -> int:
+        """Give people a second pseudonym; the number made."""
+        ...
+
+
+class EveryStore:
+    """The store that gateways share and the home's own file, from which it is filled: the same becomes of both."""
+
+    def __init__(self, stores: Sequence[ProfileStore]) -> None:
+        self._stores = stores
+
+    def delete(self, pseudonyms: Sequence[str]) -> int:
+        """See `PeopleStore`."""
+        return sum(store.delete(pseudonyms) for store in self._stores)
+
+    def copy(self, names: Mapping[str, str]) -> int:
+        """See `PeopleStore`."""
+        return sum(store.copy(names) for store in self._stores)
+
+
 class Profiles:
     """The online store of profiles."""
 
     name = "profiles"
 
-    def __init__(self, store: ProfileStore) -> None:
+    def __init__(self, store: PeopleStore) -> None:
         self._store = store
 
     def remove(self, people: Collection[str]) -> int:
@@ -278,7 +305,7 @@ def places_of(
     home: Path,
     *,
     intake: str | None,
-    profiles: ProfileStore | None,
+    profiles: PeopleStore | None,
     bucket: ObjectStore | None,
     knows: Callable[[str], bool],
 ) -> Sequence[Place]:

@@ -22,10 +22,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from workloads.data.profiles import ProfileStore
 from workloads.data.removal import drop_data_sets, rename_people
 from workloads.erasure.job import SETTLE_MS
-from workloads.erasure.places import Place
+from workloads.erasure.places import PeopleStore, Place
 from workloads.lake.faults import LakeError
 from workloads.lake.lake import Lake
 from workloads.lake.renaming import rename
@@ -56,7 +55,7 @@ class Rotation:
         self,
         home: Path,
         vault: SqliteVault,
-        profiles: ProfileStore | None,
+        profiles: PeopleStore | None,
         audit: Audit,
         *,
         progress: Progress,

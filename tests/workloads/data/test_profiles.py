@@ -517,6 +517,17 @@ def test_credentials_come_from_the_environment_and_never_from_the_command_line(t
     server.stop()
 
 
+def test_filling_redis_brings_nobody_back_who_was_forgotten_there(redis_server: RedisServer):
+    store = RedisProfiles("127.0.0.1", redis_server.port)
+    store._redis.flushdb()
+    store.delete(["p1-a"])
+    both = [Profile(who, [Touch("sku-1", EventType.VIEW, 1, 0, AT)]) for who in ("p1-a", "p1-b")]
+    assert store.fill(both, {}) == 1
+    assert store.get("p1-a") is None
+    assert store.get("p1-b") == both[1]
+    store.close()
+
+
 def test_redis_is_filled_from_a_file(tmp_path: Path, redis_server: RedisServer):
     touches = [Touch(f"sku-{n}", EventType.VIEW, 1, 0, AT + n) for n in range(TOUCHES_MAX + 5)]
     write_profiles(tmp_path / "profiles.sqlite", [Profile("p1-a", touches)], {}, watermark=Watermark(0, AT))

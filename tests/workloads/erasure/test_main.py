@@ -15,6 +15,7 @@ import pytest
 from workloads.data import custody, preparation
 from workloads.data.__main__ import main as prepare
 from workloads.data.preparation import Request
+from workloads.data.profiles import Profile, SqliteProfiles, write_profiles
 from workloads.data.source import SourceData
 from workloads.erasure.__main__ import main
 from workloads.erasure.places import DataSets
@@ -104,6 +105,23 @@ def test_a_key_is_changed_by_two_commands(tmp_path: Path, vault: SqliteVault, ca
     assert isinstance(lines[-1], ResultLine)
     assert lines[-1].figures == {"people": 2.0, "current": 2.0, "retiring": 1.0}
     assert first is not None
+
+
+def test_who_is_erased_from_a_store_that_gateways_share_is_erased_from_the_homes_own_file_too(
+    tmp_path: Path, vault: SqliteVault, capsys: pytest.CaptureFixture[str]
+):
+    names = vault.admit(["ada", "bob"])
+    stores = [tmp_path / "onprem" / "profiles.sqlite", tmp_path / "shared.sqlite"]
+    for path in stores:
+        write_profiles(path, [Profile(names[user], []) for user in sorted(names, key=names.__getitem__)], {})
+    where = ["--home", str(tmp_path), "--profiles", str(stores[1])]
+    vault.forget("ada")
+    assert run(capsys, "run", *where, "--no-replicas", "--settle", "0")[0] == 0
+    assert run(capsys, "rotate", *where)[0] == 0
+    for path in stores:
+        with SqliteProfiles(path) as store:
+            assert store.get(names["ada"]) is None
+            assert store.get(vault.pseudonym("bob") or "") is not None
 
 
 @pytest.fixture
