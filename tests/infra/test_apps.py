@@ -36,14 +36,18 @@ def of_kind(run: Recording, kind: str) -> dict[str, Manifest]:
     return {m["metadata"]["name"]: m for m in manifests(run) if m["kind"] == kind}
 
 
-def pods(run: Recording) -> Iterator[tuple[str, Manifest]]:
-    """Name of what makes them, and the pod's template."""
+def templates(run: Recording) -> Iterator[tuple[str, Manifest]]:
+    """Name of what makes pods, and their template."""
     for manifest in manifests(run):
-        match manifest["kind"]:
-            case "Deployment" | "StatefulSet" | "DaemonSet":
-                yield manifest["metadata"]["name"], manifest["spec"]["template"]
-            case "CronJob":
-                yield manifest["metadata"]["name"], manifest["spec"]["jobTemplate"]["spec"]["template"]
+        yield from templates_of(manifest)
+
+
+def templates_of(manifest: Manifest) -> Iterator[tuple[str, Manifest]]:
+    match manifest["kind"]:
+        case "Deployment" | "StatefulSet" | "DaemonSet":
+            yield manifest["metadata"]["name"], manifest["spec"]["template"]
+        case "CronJob":
+            yield manifest["metadata"]["name"], manifest["spec"]["jobTemplate"]["spec"]["template"]
 
 
 def flag(command: list[str], name: str) -> str:
@@ -85,7 +89,7 @@ def test_the_password_leaves_the_program_only_as_a_secret(apps: Apps):
     password = values[f"rankbridge:{apps_config.STORE_PASSWORD}"]
     assert password not in json.dumps([r.resource().inputs for r in apps().resources], default=str)
     assert of_kind(apps(), "Secret")["feature-store"]["stringData"]["password"] == password
-    assert password not in json.dumps([t for _, t in pods(apps())])
+    assert password not in json.dumps([t for _, t in templates(apps())])
 
 
 def test_a_foundation_that_was_not_recorded_is_named():
@@ -133,7 +137,7 @@ def test_a_gpu_pod_outlasts_a_hiccup_and_a_gateway_does_not(apps: Apps):
 
 
 def test_only_home_has_people(apps: Apps):
-    for name, template in pods(apps()):
+    for name, template in templates(apps()):
         told = json.dumps(template)
         serves_home = name in {"onprem-gateway", "onprem-intake", "onprem-feature-store"}
         assert ("--vault" in told) == (name == "onprem-gateway")
@@ -142,7 +146,7 @@ def test_only_home_has_people(apps: Apps):
 
 def test_every_server_listens_in_its_pod_and_says_that_it_may(apps: Apps):
     seen = 0
-    for name, template in pods(apps()):
+    for name, template in templates(apps()):
         for one in template["spec"]["containers"] + template["spec"].get("initContainers", []):
             command = one.get("command", [])
             if "--listen" in command:
@@ -161,7 +165,7 @@ def test_addresses_in_commands_are_services_that_exist(apps: Apps):
         for p in m["spec"]["ports"]
     }
     told = set()
-    for _, template in pods(apps()):
+    for _, template in templates(apps()):
         for host, port in re.findall(r"([a-z0-9-]+\.rankbridge[a-z-]*\.svc):(\d+)", json.dumps(template)):
             told.add((host, int(port)))
     assert told
@@ -171,7 +175,7 @@ def test_addresses_in_commands_are_services_that_exist(apps: Apps):
 def test_every_command_line_is_one_that_our_programs_take(apps: Apps):
     """The flags are those that the deployables' own help knows."""
     asked: dict[tuple[str, ...], set[str]] = {}
-    for _, template in pods(apps()):
+    for _, template in templates(apps()):
         for one in template["spec"]["containers"] + template["spec"].get("initContainers", []):
             command = one.get("command") or []
             for index, part in enumerate(command):
@@ -257,7 +261,7 @@ def test_every_pod_with_aws_has_its_roles_configuration(apps: Apps):
     }
     seen = 0
     for manifest in manifests(apps()):
-        for name, template in pods_of(manifest):
+        for name, template in templates_of(manifest):
             for volume in template["spec"].get("volumes", []):
                 config = volume.get("configMap", {}).get("name", "")
                 if config.startswith("aws-"):
@@ -265,13 +269,6 @@ def test_every_pod_with_aws_has_its_roles_configuration(apps: Apps):
                     text = maps[manifest["metadata"]["namespace"], config]["data"]["config"]
                     assert f"rankbridge-prod-{config.removeprefix('aws-')}" in text, name
     assert seen > 10
-
-
-def pods_of(manifest: Manifest) -> Iterator[tuple[str, Manifest]]:
-    spec = manifest.get("spec", {})
-    template = spec.get("template") or spec.get("jobTemplate", {}).get("spec", {}).get("template")
-    if manifest["kind"] in {"Deployment", "StatefulSet", "DaemonSet", "CronJob"}:
-        yield manifest["metadata"]["name"], template
 
 
 def test_without_trusted_certificates_there_is_no_way_to_a_role():
@@ -345,7 +342,7 @@ def test_kube_score_has_nothing_to_say_but_what_a_reason_stands_beside(apps: App
 def test_each_exception_from_kube_score_has_its_reason(apps: Apps):
     excused = 0
     for manifest in manifests(apps()):
-        for metadata in (manifest["metadata"], *(t["metadata"] for _, t in pods_of(manifest))):
+        for metadata in (manifest["metadata"], *(t["metadata"] for _, t in templates_of(manifest))):
             annotations = metadata.get("annotations") or {}
             for check in filter(None, annotations.get("kube-score/ignore", "").split(",")):
                 excused += 1
