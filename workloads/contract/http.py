@@ -15,6 +15,13 @@ from workloads.contract.events import QUERY_MAX, Event, Id
 
 DEADLINE_HEADER = "Rankbridge-Deadline-Ms"
 DEADLINE_MIN_MS, DEADLINE_MAX_MS = 1.0, 60_000.0
+PRIORITY_HEADER = "Rankbridge-Priority"
+"""`high`, `normal` (the default) or `low` (`contract.slo.Priority`): under overload low is refused first."""
+TENANT_HEADER = "Rankbridge-Tenant"
+TENANT_PATTERN = r"^[a-z0-9][a-z0-9-]{0,31}$"
+"""Who the request is for; `default` without the header. No tenant can take more than its share under overload."""
+RUNG_HEADER = "Rankbridge-Rung"
+"""1 to 4: answer from this rung or a lower one, though a better could be had (`reason` is then `asked`)."""
 REQUEST_ID_HEADER = "Rankbridge-Request-Id"
 REQUEST_ID_PATTERN = r"^[A-Za-z0-9._-]{1,128}$"
 """Anything else, or none, and the gateway makes a UUID version 7."""
@@ -29,6 +36,8 @@ PATH_DOCS = "/docs"
 PATH_OPENAPI = "/openapi.json"
 
 PATH_CANDIDATES = "/internal/candidates"
+PATH_RANK = "/internal/rank"
+"""A gateway to the other site's gateway: score these candidates of the named edition. Features only, no person."""
 PATH_INTAKE = "/internal/events"
 PATH_ERASE = "/internal/erasures"
 """Intake: remove every event of these pseudonyms from the spool; durable when answered."""
@@ -109,7 +118,13 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     (`use_model: false`) and no fault. `profiles_down` may stand at any rung: the answer is a cold start, because the
     person's profile could not be read."""
     ranked: int | None = None
-    """Candidates that the ranker scored for this answer; None where it scored none (rung 3 and 4)."""
+    """Candidates that a ranker scored for this answer; None where none did (rung 3 and 4)."""
+    ranked_at: str | None = None
+    """Site whose hardware scored them; None as `ranked`."""
+    loss: float | None = None
+    """Share of rung 1's NDCG@10 that this rung lost on the bundle's test requests; 0 at rung 1, None if not measured."""
+    predicted_ms: float | None = None
+    """What the router expected ranking to take at its quantile, when it chose; None where it chose nothing."""
 
 
 class ItemsAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -285,6 +300,34 @@ class CandidatesAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """Dot product of the user (or query) vector with each candidate's item vector."""
     source: list[int]
     """Index into `SOURCES` of the source that ranked the candidate highest."""
+
+
+class RankQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /internal/rank`, MessagePack: the inputs of `tensors.RANKER` for C candidates, row by row.
+
+    The rest of the caller's time is its header `Rankbridge-Deadline-Ms`.
+    """
+
+    bundle: str
+    delta: int = 0
+    """As `CandidatesQuery`: a query of another edition is refused (409) and counted."""
+    rows: Annotated[int, msgspec.Meta(ge=1, le=1024)]
+    sparse: bytes
+    """int64, little-endian, [C, F_s]."""
+    dense: bytes
+    """float32, little-endian, [C, F_d]."""
+
+
+class RankAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """Scores of the site's full ranker."""
+
+    bundle: str
+    delta: int = 0
+    site: str
+    probability: bytes
+    """float32, little-endian, [C]."""
+    rank_ms: float
+    """What the site's own Triton took of it; the rest is the way."""
 
 
 SOURCES: tuple[str, ...] = ("ann", "item_to_item", "history", "lexical", "vector", "popular")

@@ -41,6 +41,19 @@ class RankerQuality(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """(mean predicted, mean observed, rows) per bin of predicted probability."""
 
 
+class RungQuality(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One rung of the ladder against rung 1, on the same test requests and candidates."""
+
+    rung: Annotated[int, msgspec.Meta(ge=1, le=4)]
+    protocol: Protocol
+    ndcg_at_10: float
+    auc: float | None = None
+    """Pointwise, over the rows that rung 1 scored; None for an order without scores of its own."""
+    loss: float
+    """1 - NDCG@10 / rung 1's NDCG@10; negative where the rung is better."""
+    requests: int
+
+
 class QualityBudget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`row.metric >= at_least x other.metric`, one protocol."""
 
@@ -60,6 +73,12 @@ class QualityReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ranker: RankerQuality
     statements: list[str]
     """Plain words about the table, made from it: where ours is below kNN, one of these says so."""
+    rungs: list[RungQuality] = []
+    """The measured ladder, a row per rung and protocol."""
+
+    def loss(self, rung: int, protocol: Protocol = "novel") -> float | None:
+        """What a rung loses against rung 1, or None when it was not measured."""
+        return next((row.loss for row in self.rungs if (row.rung, row.protocol) == (rung, protocol)), None)
 
     def metric(self, row: str, protocol: Protocol, metric: str) -> float | None:
         """One cell of the table, or None when it was not measured."""

@@ -38,6 +38,14 @@ class Rung(enum.IntEnum):
     TRADITIONAL = 4
 
 
+class Priority(enum.StrEnum):
+    """Who is refused last under overload, in order."""
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+
+
 DEADLINE_MS: Mapping[Endpoint, float] = MappingProxyType(
     {Endpoint.RECOMMEND: 100.0, Endpoint.SEARCH: 120.0, Endpoint.SIMILAR: 100.0, Endpoint.EVENTS: 30.0}
 )
@@ -52,6 +60,15 @@ ANSWER_RESERVE_MS = 8.0
 
 CANDIDATES_RANKED = 200
 """Candidates that /v1/recommend ranks, at the least, when the catalogue has as many."""
+
+STUDENT_LOSS_MAX = 0.05
+"""Rung 2's loss budget: share of rung 1's NDCG@10 that the distilled ranker may lose; more and it is not exported."""
+
+ROUTE_QUANTILE = 0.95
+"""A route counts as fitting a deadline when its predicted latency at this quantile does."""
+
+HEDGE_SHARE_MAX = 0.05
+"""Hedges may add this share of calls at the most."""
 
 BELOW_BEST_RUNG_SHARE = 0.01
 """At most this share of answers may come from below the best configured rung."""

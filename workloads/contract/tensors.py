@@ -125,7 +125,9 @@ RANKER = Signature(
     outputs=(TensorSpec("probability", "float32", (1,)),),
     max_batch=1024,
 )
-SIGNATURES: tuple[Signature, ...] = (USER_TOWER, ITEM_TOWER, QUERY_TOWER, RANKER)
+STUDENT = Signature(role="student", inputs=RANKER.inputs, outputs=RANKER.outputs, max_batch=RANKER.max_batch)
+"""Rung 2: a small student of the ranker in INT8, run by ONNX Runtime inside the gateway."""
+SIGNATURES: tuple[Signature, ...] = (USER_TOWER, ITEM_TOWER, QUERY_TOWER, RANKER, STUDENT)
 
 
 class FeatureSchema(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
