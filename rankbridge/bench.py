@@ -1,10 +1,10 @@
 """What the gateway costs beyond its parts: the same requests to it and to the bare parts, by turns.
 
-The parts are what no gateway can do without: the user tower (ONNX Runtime, in process), the vector
-search (faiss, in process) and the ranker (Triton over HTTP, a tensor of the same size). Each recorded
-request goes to the gateway and to the parts one right after the other, so that both meet the same
-machine; the sum of the parts is taken per request and only then summarised. It starts nothing:
-`rankbridge up` does.
+The parts are the calls of a recommendation's stages, made bare: retrieval with the query that the gateway would send
+for this person, and Triton with the tensors of the candidates that come back, over the same kind of connection that the
+gateway is asked over. Beside them stands the arithmetic alone (user tower and vector search in this process, no service
+at all). Each recorded request goes to the gateway and to the parts one right after the other, so that both meet the
+same machine; sums are taken per request and only then summarised. It starts nothing: `rankbridge up` does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -38,15 +38,32 @@ from rankbridge.verdict import Machine, machine
 from workloads.bundle import store
 from workloads.bundle.store import Bundle
 from workloads.bundle.verification import BundleFault
-from workloads.contract.http import PATH_SAMPLE, CatalogueSample, ItemsAnswer, RecommendRequest, Served
+from workloads.contract.http import (
+    PATH_CANDIDATES,
+    PATH_SAMPLE,
+    CandidatesAnswer,
+    CandidatesQuery,
+    CatalogueSample,
+    ItemsAnswer,
+    RecommendRequest,
+    Served,
+)
 from workloads.contract.sites import HOME, AddressBook, Listener
 from workloads.contract.slo import BELOW_BEST_RUNG_SHARE, CANDIDATES_RANKED, Endpoint, Stage
-from workloads.contract.tensors import CONTEXT, HISTORY_LENGTH, RANKER, RANKER_DENSE, RANKER_SPARSE, USER_TOWER
+from workloads.contract.tensors import CONTEXT, HISTORY_LENGTH, RANKER, USER_TOWER
+from workloads.data.definitions import Touch
+from workloads.data.features import ItemTables, UserState, rank_features
+from workloads.data.fusion import Candidates
+from workloads.data.profiles import ProfilesDownError, ProfileStoreError, open_profiles
+from workloads.privacy.pseudonym import KeyFileError
+from workloads.privacy.vault import SqliteVault, VaultError
 
 SCHEMA_VERSION: Final = 1
 GOAL_RATIO: Final = 1.3
 GOAL_OWN_P50_MS: Final = 1.5
 """Where the gateway is to get; a bench measures and fails nothing."""
+SPARE: Final = 2
+"""Candidates for each item of an answer, as the gateway asks for them."""
 REQUESTS: Final = 200
 ROUNDS: Final = 7
 TIMEOUT_S: Final = 10.0
@@ -81,16 +98,21 @@ class BenchResult(msgspec.Struct, frozen=True, kw_only=True):
     requests: int
     rounds: int
     candidates: int
-    """Rows of the bare ranker's tensor."""
+    """Rows of the bare ranker's tensor, at the median."""
     gateway: Part
     bare: Part
-    """Quantiles of the per-request sums of the three parts."""
+    """Quantiles of the per-request sums of both stage calls."""
+    retrieval: Part
+    triton: Part
+    arithmetic: Part
+    """Per-request sums of tower, vector search and Triton: what is left when retrieval is no service."""
     tower: Part
     ann: Part
-    triton: Part
     ratio_p50: Spread
     """Gateway's p50 over that of the bare sums, round by round; the same for p99."""
     ratio_p99: Spread
+    arithmetic_ratio_p50: Spread
+    """Gateway's p50 over that of `arithmetic`."""
     own: Part
     """The gateway's own time: the whole request less the stages that call a backend."""
     stages: dict[str, Part]
@@ -111,6 +133,9 @@ class Gateway(Protocol):
 class Parts(Protocol):
     """The bare parts; each call is one unit of the work that a request needs."""
 
+    def candidates(self, query: bytes) -> CandidatesAnswer:
+        """One call of retrieval with an encoded CandidatesQuery. Raises DeskError when it does not answer."""
+
     def tower(self, history: Ints) -> Floats:
         """The user's vector [1, VECTOR_DIM] from item indices [HISTORY_LENGTH]."""
 
@@ -123,9 +148,11 @@ class Parts(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Ask:
-    """One recorded request, and inputs of the same size for the bare parts."""
+    """One recorded request, and what its stages are asked."""
 
     body: bytes
+    query: bytes
+    """CandidatesQuery, encoded."""
     history: Ints
     sparse: Ints
     dense: Floats
@@ -136,14 +163,20 @@ class Timing:
     """One request, milliseconds."""
 
     gateway: float
+    retrieval: float
+    triton: float
     tower: float
     ann: float
-    triton: float
     served: Served
 
     @property
     def bare(self) -> float:
-        """The sum of the parts."""
+        """The sum of the stage calls."""
+        return self.retrieval + self.triton
+
+    @property
+    def arithmetic(self) -> float:
+        """The sum with retrieval's part done in this process."""
         return self.tower + self.ann + self.triton
 
     @property
@@ -158,6 +191,10 @@ class Options:
 
     gateway: str = AddressBook().url(HOME, Listener.GATEWAY)
     triton: str = AddressBook().host_port(HOME, Listener.TRITON_HTTP)
+    retrieval: str = AddressBook().url(HOME, Listener.RETRIEVAL)
+    vault: Path | None = None
+    """With `profiles`: who a recorded user is. Without, every request is asked of the parts as by somebody unknown."""
+    profiles: str | None = None
     bundles: Path | None = None
     """Folder that holds the bundle which the gateway serves; None is the home site's."""
     requests: int = REQUESTS
@@ -180,8 +217,8 @@ def run(options: Options, console: Console) -> BenchResult:
         recorded = _recorded(options, gateway)
         bundle = _bundle(options, gateway.recommend(recorded[0]).served.bundle)
         write_whole(options.out / "bench-requests.jsonl", b"".join(body + b"\n" for body in recorded))
-        asks = list(prepare(recorded, bundle, seed=options.seed))
-        with contextlib.closing(BareParts(bundle, options.triton)) as parts:
+        with contextlib.closing(BareParts(bundle, options.triton, options.retrieval)) as parts:
+            asks = list(prepare(recorded, bundle, _touches(options, recorded), parts.candidates))
             rounds = _rounds(asks, gateway, parts, count=options.rounds, console=console)
         best_rung = gateway.sample().best_rung.get(Endpoint.RECOMMEND.value)
     result = summarise(rounds, best_rung=best_rung)
@@ -200,29 +237,65 @@ def _rounds(asks: Sequence[Ask], gateway: Gateway, parts: Parts, *, count: int, 
     return rounds
 
 
-def prepare(recorded: Sequence[bytes], bundle: Bundle, *, seed: int) -> Iterable[Ask]:
-    """Inputs for the bare parts: items that exist, in tensors of the size that the gateway sends."""
-    rng = np.random.default_rng(seed)
-    items = bundle.features.items
-    category, band = (np.asarray(bundle.tables[name], dtype=np.int64) for name in ("category", "price_band"))
+def prepare(
+    recorded: Sequence[bytes],
+    bundle: Bundle,
+    touches: Mapping[str, Sequence[Touch]],
+    find: Callable[[bytes], CandidatesAnswer],
+) -> Iterable[Ask]:
+    """What the stages of each request are asked, made as the gateway makes it. `touches` is by raw user id."""
+    tables = ItemTables.of(bundle.tables)
+    encode = msgspec.msgpack.Encoder().encode
     for body in recorded:
         asked = msgspec.json.decode(body, type=RecommendRequest)
-        known = [bundle.index[i] for i in asked.history if i in bundle.index][-HISTORY_LENGTH:]
-        touched = np.array(known or rng.integers(1, items + 1, HISTORY_LENGTH // 2), dtype=np.int64)
+        state = UserState.of(
+            touches.get(asked.user or "", ()), asked.history, time.time_ns() // 1_000_000, bundle.index
+        )
+        session = [bundle.index[item] for item in asked.history if item in bundle.index]
+        query = encode(
+            CandidatesQuery(
+                bundle=bundle.id,
+                kind="recommend",
+                history=state.items.tolist(),
+                history_strength=state.strength.tolist(),
+                history_age_hours=state.age_hours.tolist(),
+                context=state.context.tolist(),
+                count=max(CANDIDATES_RANKED, SPARE * asked.k),
+                exclude=[*state.bought_items.tolist(), *session],
+            )
+        )
+        found = find(query)
+        candidates = Candidates(
+            items=np.array(found.items, dtype=np.int32),
+            scores=np.array(found.scores, dtype=np.float32),
+            ann=np.array(found.ann, dtype=np.float32),
+            source=np.array(found.source, dtype=np.int32),
+        )
         history = np.zeros(HISTORY_LENGTH, dtype=np.int64)
-        history[-len(touched) :] = touched
-        candidates = rng.integers(1, items + 1, CANDIDATES_RANKED)
-        columns = {
-            "item": candidates,
-            "category": category[candidates],
-            "price_band": band[candidates],
-            "last_item": np.full(CANDIDATES_RANKED, touched[-1]),
-            "last_category": np.full(CANDIDATES_RANKED, category[touched[-1]]),
-            "source": np.zeros(CANDIDATES_RANKED),
-        }
-        sparse = np.stack([columns[name] for name in RANKER_SPARSE], axis=1).astype(np.int64)
-        dense = rng.standard_normal((CANDIDATES_RANKED, len(RANKER_DENSE)), dtype=np.float32)
-        yield Ask(body, history, sparse, dense)
+        recent = state.items[-HISTORY_LENGTH:]
+        if len(recent):
+            history[-len(recent) :] = recent
+        yield Ask(body, query, history, *rank_features(state, candidates, tables, bundle.features))
+
+
+def _touches(options: Options, recorded: Sequence[bytes]) -> dict[str, Sequence[Touch]]:
+    """What home knows of the recorded users. Raises DeskError when it cannot be read."""
+    if options.vault is None or options.profiles is None:
+        return {}
+    users = {msgspec.json.decode(body, type=RecommendRequest).user for body in recorded} - {None}
+    found: dict[str, Sequence[Touch]] = {}
+    try:
+        with contextlib.ExitStack() as held:
+            profiles = held.enter_context(contextlib.closing(open_profiles(options.profiles, os.environ)))
+            vault = held.enter_context(contextlib.closing(SqliteVault(options.vault)))
+            for user in users:
+                pseudonym = vault.pseudonym(user) if user is not None else None
+                profile = None if pseudonym is None else profiles.get(pseudonym)
+                if user is not None and profile is not None:
+                    found[user] = profile.touches
+    except (VaultError, KeyFileError, ProfileStoreError, ProfilesDownError) as fault:
+        raise DeskError(f"profiles cannot be read: {fault}", "bench on the machine that serves home") from None
+    return found
 
 
 def measure(
@@ -255,15 +328,17 @@ def _whole(ask: Ask, gateway: Gateway, clock: Callable[[], float]) -> tuple[floa
     return (clock() - began) * 1000, answer.served
 
 
-def _pieces(ask: Ask, parts: Parts, clock: Callable[[], float]) -> tuple[float, float, float]:
+def _pieces(ask: Ask, parts: Parts, clock: Callable[[], float]) -> tuple[float, float, float, float]:
     t0 = clock()
-    vector = parts.tower(ask.history)
+    parts.candidates(ask.query)
     t1 = clock()
-    parts.search(vector)
-    t2 = clock()
     parts.rank(ask.sparse, ask.dense)
+    t2 = clock()
+    vector = parts.tower(ask.history)
     t3 = clock()
-    return (t1 - t0) * 1000, (t2 - t1) * 1000, (t3 - t2) * 1000
+    parts.search(vector)
+    t4 = clock()
+    return (t1 - t0) * 1000, (t2 - t1) * 1000, (t3 - t2) * 1000, (t4 - t3) * 1000
 
 
 def summarise(rounds: Sequence[Sequence[Timing]], *, best_rung: int | None) -> BenchResult:
@@ -288,14 +363,17 @@ def summarise(rounds: Sequence[Sequence[Timing]], *, best_rung: int | None) -> B
         bundle=every[0].served.bundle,
         requests=len(rounds[0]),
         rounds=len(rounds),
-        candidates=CANDIDATES_RANKED,
+        candidates=statistics.median_low([t.served.ranked or 0 for t in every]),
         gateway=_part(t.gateway for t in every),
         bare=_part(t.bare for t in every),
+        retrieval=_part(t.retrieval for t in every),
+        arithmetic=_part(t.arithmetic for t in every),
         tower=_part(t.tower for t in every),
         ann=_part(t.ann for t in every),
         triton=_part(t.triton for t in every),
-        ratio_p50=_spread(rounds, 0.5),
-        ratio_p99=_spread(rounds, 0.99),
+        ratio_p50=_spread(rounds, 0.5, lambda timing: timing.bare),
+        ratio_p99=_spread(rounds, 0.99, lambda timing: timing.bare),
+        arithmetic_ratio_p50=_spread(rounds, 0.5, lambda timing: timing.arithmetic),
         own=_part(t.own for t in every),
         stages={stage: _part(spent) for stage, spent in stages.items()},
         below_best=len(below),
@@ -315,10 +393,11 @@ def show(result: BenchResult, console: Console) -> None:
     table.add_column("p50", justify="right")
     table.add_column("p99", justify="right")
     rows = {
-        "user tower, bare": result.tower,
-        "vector search, bare": result.ann,
-        "Triton over HTTP, bare": result.triton,
-        "sum of the parts": result.bare,
+        "user tower, in this process": result.tower,
+        "vector search, in this process": result.ann,
+        "retrieval, called bare": result.retrieval,
+        "Triton, called bare": result.triton,
+        "sum of the stage calls": result.bare,
         "gateway": result.gateway,
         **{f"  stage {name}": part for name, part in result.stages.items()},
         "  its own time": result.own,
@@ -329,10 +408,16 @@ def show(result: BenchResult, console: Console) -> None:
     console.print(table)
     for name, ratio in (("p50", result.ratio_p50), ("p99", result.ratio_p99)):
         console.print(
-            f"gateway / parts at {name}: {ratio.median:.2f} (rounds {ratio.low:.2f} to {ratio.high:.2f}, "
+            f"gateway / stage calls at {name}: {ratio.median:.2f} (rounds {ratio.low:.2f} to {ratio.high:.2f}, "
             f"goal {result.goal_ratio:g})",
             highlight=False,
         )
+    alone = result.arithmetic_ratio_p50
+    console.print(
+        f"gateway / tower, search and Triton alone at p50: {alone.median:.2f} "
+        f"(rounds {alone.low:.2f} to {alone.high:.2f}; there retrieval is no service)",
+        highlight=False,
+    )
     console.print(f"own time at p50: {result.own.p50_ms:.2f} ms (goal {result.goal_own_p50_ms:g} ms)", highlight=False)
 
 
@@ -395,9 +480,9 @@ class HttpGateway:
 
 
 class BareParts:
-    """Tower and index of a bundle in this process, and the site's Triton. Close it."""
+    """The site's retrieval and Triton; tower and index of a bundle in this process. Close it."""
 
-    def __init__(self, bundle: Bundle, triton: str) -> None:
+    def __init__(self, bundle: Bundle, triton: str, retrieval: str) -> None:
         # both are heavy, and only a bench has use for them at the desk
         import faiss  # noqa: PLC0415
         import onnxruntime  # noqa: PLC0415
@@ -412,14 +497,22 @@ class BareParts:
         self._index: Any = faiss.read_index(str(bundle.ann_path))
         self._triton: Any = triton_http
         self._at = Connection(triton)
+        self._retrieval = Connection(retrieval.removeprefix("http://").rstrip("/"))
+        self._decode = msgspec.msgpack.Decoder(CandidatesAnswer).decode
         self._path = f"/v2/models/{RANKER.triton_name(bundle.id)}/infer"
         self._strength = np.ones((1, HISTORY_LENGTH), dtype=np.float32)
         self._context = np.zeros((1, len(CONTEXT)), dtype=np.float32)
         self._count = min(CANDIDATES_RANKED, bundle.features.items)
 
     def close(self) -> None:
-        """Give its socket back."""
+        """Give its sockets back."""
         self._at.close()
+        self._retrieval.close()
+
+    def candidates(self, query: bytes) -> CandidatesAnswer:
+        """See `Parts`."""
+        content, _ = self._retrieval.call("POST", PATH_CANDIDATES, query, {"Content-Type": "application/msgpack"})
+        return self._decode(content)
 
     def tower(self, history: Ints) -> Floats:
         """See `Parts`."""
@@ -492,9 +585,9 @@ def _part(values: Iterable[float]) -> Part:
     return Part(p50_ms=quantile(ordered, 0.5), p99_ms=quantile(ordered, 0.99))
 
 
-def _spread(rounds: Sequence[Sequence[Timing]], share: float) -> Spread:
+def _spread(rounds: Sequence[Sequence[Timing]], share: float, of: Callable[[Timing], float]) -> Spread:
     ratios = [
-        quantile(sorted(t.gateway for t in timings), share) / quantile(sorted(t.bare for t in timings), share)
+        quantile(sorted(t.gateway for t in timings), share) / quantile(sorted(of(t) for t in timings), share)
         for timings in rounds
     ]
     return Spread(median=statistics.median(ratios), low=min(ratios), high=max(ratios))
@@ -506,6 +599,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m rankbridge.bench", description=__doc__)
     parser.add_argument("--gateway", default=default.gateway, help="URL of the home gateway (%(default)s)")
     parser.add_argument("--triton", default=default.triton, help="host:port of its Triton (%(default)s)")
+    parser.add_argument("--retrieval", default=default.retrieval, help="URL of its retrieval (%(default)s)")
+    parser.add_argument("--vault", type=Path, help="home's vault.sqlite: who the recorded users are")
+    parser.add_argument("--profiles", help="their profiles: profiles.sqlite, or redis://host:port/db")
     parser.add_argument("--bundles", type=Path, help="folder with the bundle that is served")
     parser.add_argument("--requests", type=int, default=REQUESTS, help="requests a round (%(default)s)")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds (%(default)s)")

@@ -347,6 +347,9 @@ def bench_command(
     options = bench.Options(
         gateway=plan.addresses.url(HOME, Listener.GATEWAY),
         triton=plan.addresses.host_port(HOME, Listener.TRITON_HTTP),
+        retrieval=plan.addresses.url(HOME, Listener.RETRIEVAL),
+        vault=_layout().vault,
+        profiles=str(_layout().profiles),
         bundles=_layout().bundles,
         requests=requests or bench.REQUESTS,
         rounds=rounds or bench.ROUNDS,
