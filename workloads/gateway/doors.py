@@ -1,8 +1,8 @@
-"""The gateway's neighbours, each behind one narrow door: Triton's ranker, retrieval, intake.
+"""The gateway's neighbours, each behind one narrow door: the rankers here and next door, retrieval, intake.
 
 A door turns a neighbour's ways of failing into one `DoorFault` with a fixed reason, and checks what
 comes back before anybody uses it. Real doors speak HTTP over `neighbour.Neighbour`; the fakes beside them answer at
-once, late or not at all, as told. Doors hold no policy: whether to call is the ladder's question.
+once, late or not at all, as told. Doors hold no policy: whether to call is the router's and the ladder's question.
 
 Triton's wire format: KServe v2 with the binary tensor data extension
 (https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md).
@@ -12,24 +12,32 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Final, Protocol
 from urllib.parse import urlsplit
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import onnxruntime
 
+from workloads.contract.editions import Edition
 from workloads.contract.events import Event
 from workloads.contract.http import (
+    DEADLINE_HEADER,
     PATH_CANDIDATES,
+    PATH_HEALTH,
     PATH_INTAKE,
+    PATH_RANK,
     PATH_READY,
     BackendState,
     CandidatesAnswer,
     CandidatesQuery,
     EventsAnswer,
+    RankAnswer,
+    RankQuery,
 )
-from workloads.contract.tensors import RANKER
+from workloads.contract.tensors import RANKER, STUDENT
 from workloads.gateway.ladder import Reason
 from workloads.gateway.neighbour import Late, Neighbour, Reply, Unreachable
 
@@ -186,6 +194,109 @@ class TritonRanker:
         await self._at.close()
 
 
+class PeerRanker:
+    """The other site's Triton, by way of its gateway: the same edition, or none at all.
+
+    What goes over are features of one request and item indices; nothing in them names anybody.
+    """
+
+    def __init__(self, name: str, url: str, edition: Edition) -> None:
+        self.name = name
+        self._edition = edition
+        self._at = neighbour(url)
+        self._head = self._at.head("POST", PATH_RANK, _MSGPACK)
+        self._alive = self._at.head("GET", PATH_HEALTH)
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(RankAnswer).decode
+
+    async def probabilities(self, sparse: Sparse, dense: Floats, timeout_s: float) -> Floats:
+        """See `Ranker`. The other site is told how much time is left, and nothing else of the request."""
+        rows = len(sparse)
+        query = RankQuery(
+            bundle=self._edition.bundle,
+            delta=self._edition.delta,
+            rows=rows,
+            sparse=sparse.tobytes(),
+            dense=dense.tobytes(),
+        )
+        deadline = b"%b: %.1f\r\n" % (_DEADLINE, max(timeout_s * 1000.0, 1.0))
+        try:
+            reply = await self._at.send(self._head, (self._encode(query),), timeout_s, deadline)
+        except Unreachable as error:
+            raise DoorFault(Reason.PEER_DOWN, f"{self.name}: {error}") from None
+        except Late:
+            late = f"{self.name} gave no answer in {timeout_s * 1000:.0f} ms"
+            raise DoorFault(Reason.PEER_LATE, late) from None
+        if reply.status != 200:
+            reason = _PEER_REASONS.get(reply.status, Reason.PEER_FAULT)
+            raise DoorFault(reason, f"{self.name} answered {reply.status}: {_error_text(reply)}")
+        return self._scores(reply.body, rows)
+
+    def _scores(self, body: bytes, rows: int) -> Floats:
+        """Scores of this edition for so many rows, or a fault: those of another would order other items."""
+        try:
+            answer = self._decode(body)
+        except _UNREADABLE as error:
+            raise DoorFault(Reason.PEER_NONSENSE, f"{self.name}'s answer is no RankAnswer: {error}") from None
+        if (answer.bundle, answer.delta) != (self._edition.bundle, self._edition.delta):
+            detail = f"{self.name} answered from {answer.bundle[:12]!r}+{answer.delta}, asked was {self._edition}"
+            raise DoorFault(Reason.PEER_OTHER_BUNDLE, detail)
+        if len(answer.probability) != 4 * rows:
+            detail = f"{self.name} answered {len(answer.probability)} bytes of scores for {rows} candidates"
+            raise DoorFault(Reason.PEER_NONSENSE, detail)
+        scores: Floats = np.frombuffer(answer.probability, dtype="<f4")
+        return _checked(scores, Reason.PEER_NONSENSE, self.name)
+
+    async def state(self) -> BackendState:
+        """Whether the other gateway lives. Not whether it is ready: it would ask us in turn."""
+        return await _state(self._at, self._alive, f"the gateway of {self.name}")
+
+    async def close(self) -> None:
+        """See `Ranker`."""
+        await self._at.close()
+
+
+class StudentRanker:
+    """Rung 2: the bundle's small student in INT8, in this process, so that nothing on a network can take it away.
+
+    It runs on the event loop: a few hundred microseconds of arithmetic, as retrieval's towers do.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open `student.onnx`. Raises ValueError when ONNX Runtime cannot, or its inputs are not `tensors.STUDENT`'s."""
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.inter_op_num_threads = 1
+        options.enable_cpu_mem_arena = False
+        options.log_severity_level = 3
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its exceptions have no base class of their own
+            raise ValueError(f"{path.name} cannot be opened by ONNX Runtime: {error}") from None
+        wanted = [spec.name for spec in STUDENT.inputs]
+        if sorted(entry.name for entry in self._session.get_inputs()) != sorted(wanted):
+            raise ValueError(f"{path.name} has other inputs than {' and '.join(wanted)}")
+        self._outputs = [spec.name for spec in STUDENT.outputs]
+
+    async def probabilities(self, sparse: Sparse, dense: Floats, timeout_s: float) -> Floats:  # noqa: ARG002 - Ranker's
+        """See `Ranker`. It takes the time that it takes, and lets nothing else go on meanwhile."""
+        try:
+            found = self._session.run(self._outputs, {"sparse": sparse, "dense": dense})[0]
+        except Exception as error:  # as above
+            raise DoorFault(Reason.STUDENT_FAULT, f"the student: {error}") from None
+        scores: Floats = found.reshape(-1)
+        if len(scores) != len(sparse):
+            raise DoorFault(Reason.STUDENT_FAULT, f"the student gave {len(scores)} scores for {len(sparse)} candidates")
+        return _checked(scores, Reason.STUDENT_FAULT, "the student")
+
+    async def state(self) -> BackendState:
+        """See `Ranker`: where there is one, it answers."""
+        return BackendState(up=True, detail="the student is loaded")
+
+    async def close(self) -> None:
+        """Nothing to give back but memory."""
+
+
 class HttpRetrieval:
     """The site's retrieval service."""
 
@@ -272,16 +383,22 @@ def neighbour(where: str) -> Neighbour:
 
 
 _MSGPACK: Final = (("content-type", "application/msgpack"),)
+_DEADLINE: Final = DEADLINE_HEADER.lower().encode()
+_PEER_REASONS: Final = {
+    409: Reason.PEER_OTHER_BUNDLE,
+    429: Reason.PEER_BUSY,
+    503: Reason.PEER_BUSY,
+}
 _UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What msgspec's decoders raise; the second for text that is not UTF-8."""
 _TRITON_TYPES: Final = {"int64": "INT64", "float32": "FP32"}
 
 
-def _checked(scores: Floats) -> Floats:
+def _checked(scores: Floats, reason: Reason = Reason.RANKER_NONSENSE, who: str = "Triton") -> Floats:
     """Probabilities, or a fault: a NaN that passed would end up in an order that nobody meant."""
     # One comparison chain finds NaN, too: it is in no range.
     if not ((scores >= 0.0) & (scores <= 1.0)).all():
-        raise DoorFault(Reason.RANKER_NONSENSE, "Triton answered scores that are no probabilities")
+        raise DoorFault(reason, f"{who} answered scores that are no probabilities")
     return scores
 
 
@@ -344,13 +461,14 @@ class FakeNeighbour:
 class FakeRanker(FakeNeighbour):
     """Scores by a function of its inputs; the default prefers high item indices."""
 
+    late: Reason = Reason.RANKER_LATE
     score: Callable[[Sparse, Floats], Floats] = staticmethod(
         lambda sparse, _: (sparse[:, 0] / (sparse[:, 0].max(initial=0) + 1)).astype(np.float32)
     )
 
     async def probabilities(self, sparse: Sparse, dense: Floats, timeout_s: float) -> Floats:
         """See `Ranker`."""
-        await self.wait(timeout_s, DoorFault(Reason.RANKER_LATE, "a fake that is late"))
+        await self.wait(timeout_s, DoorFault(self.late, "a fake that is late"))
         return _checked(self.score(sparse, dense))
 
 

@@ -29,10 +29,14 @@ from workloads.contract.http import (
     PATH_PROFILE,
     PATH_READY,
     PATH_SAMPLE,
+    PRIORITY_HEADER,
     REQUEST_ID_HEADER,
     REQUEST_ID_PATTERN,
+    RUNG_HEADER,
     SAMPLE_DEFAULT,
     SAMPLE_MAX,
+    TENANT_HEADER,
+    TENANT_PATTERN,
     CatalogueSample,
     EventsAnswer,
     EventsRequest,
@@ -44,7 +48,7 @@ from workloads.contract.http import (
     SearchRequest,
     SimilarRequest,
 )
-from workloads.contract.slo import DEADLINE_MS, Endpoint
+from workloads.contract.slo import DEADLINE_MS, Endpoint, Priority, Rung
 
 _REF: Final = "#/components/schemas/{name}"
 _MESSAGES: Final = (
@@ -52,12 +56,13 @@ _MESSAGES: Final = (
     *(ItemsAnswer, EventsAnswer, ProfileAnswer, CatalogueSample, Readiness, Problem),
 )
 _PROBLEMS: Final[Mapping[int, str]] = {
-    400: "The body is no JSON, or the deadline header cannot be read",
+    400: "The body is no JSON, or a header of ours cannot be read",
     408: "The body did not arrive",
     413: f"The body is larger than {BODY_MAX_BYTES} bytes",
     415: "The body is not declared as JSON",
     422: "A field breaks its rule",
-    429: "No room for more events now, none of these was stored; Retry-After says when to send them again",
+    429: "More than this tenant's share under overload, or no room for more events, none of which was stored; "
+    "Retry-After says when to send again",
     503: "Too many requests at once, or events that are not acknowledged; Retry-After says when to try again",
 }
 
@@ -115,6 +120,29 @@ _OPERATIONS: Final[Mapping[Endpoint, _Operation]] = {
         },
     ),
 }
+
+
+_ASIDE: Final[list[dict[str, Any]]] = [
+    {
+        "name": PRIORITY_HEADER,
+        "in": "header",
+        "description": "Who is refused first when more is asked than can be answered: low before normal before high.",
+        "schema": {"type": "string", "enum": list(Priority), "default": Priority.NORMAL},
+    },
+    {
+        "name": TENANT_HEADER,
+        "in": "header",
+        "description": "Who the request is for: under overload no tenant gets more than its share.",
+        "schema": {"type": "string", "pattern": TENANT_PATTERN, "default": "default"},
+    },
+    {
+        "name": RUNG_HEADER,
+        "in": "header",
+        "description": "Answer from this rung of the quality ladder or a lower one, though a better could be had.",
+        "schema": {"type": "integer", "minimum": int(min(Rung)), "maximum": int(max(Rung))},
+    },
+]
+"""Headers that every POST takes; events have no rung, and read it no further than its form."""
 
 
 def document(version: str) -> dict[str, Any]:
@@ -186,6 +214,7 @@ def _post(endpoint: Endpoint, operation: _Operation) -> dict[str, Any]:
                 "description": "An id to find this request again by; made when there is none.",
                 "schema": {"type": "string", "pattern": REQUEST_ID_PATTERN},
             },
+            *_ASIDE,
         ],
         "requestBody": {
             "required": True,

@@ -17,9 +17,13 @@ from workloads.contract.http import (
     DEADLINE_HEADER,
     DEADLINE_MAX_MS,
     DEADLINE_MIN_MS,
+    PRIORITY_HEADER,
+    RUNG_HEADER,
     SAMPLE_MAX,
+    TENANT_HEADER,
     Problem,
 )
+from workloads.contract.slo import Priority, Rung
 
 MEDIA_TYPE: Final = "application/problem+json"
 TYPES: Final = "/problems/"
@@ -198,6 +202,34 @@ def bad_deadline() -> Refused:
     )
 
 
+def bad_priority() -> Refused:
+    """400: the priority header names none."""
+    return _bad_header("priority", PRIORITY_HEADER, "one of " + ", ".join(Priority))
+
+
+def bad_tenant() -> Refused:
+    """400: the tenant header is no tenant's name. It is not repeated."""
+    rule = "1 to 32 lower-case letters, digits or hyphens, the first no hyphen"
+    return _bad_header("tenant", TENANT_HEADER, rule)
+
+
+def bad_rung() -> Refused:
+    """400: the rung header names no rung."""
+    return _bad_header("rung", RUNG_HEADER, f"a whole number from {min(Rung):d} to {max(Rung):d}")
+
+
+def _bad_header(what: str, header: str, rule: str) -> Refused:
+    return refused(
+        400,
+        f"bad-{what}",
+        f"The {what} cannot be read",
+        f"the header {header} is not {rule}",
+        field=header,
+        rule=rule,
+        remedy=f"send {rule}, or leave the header out",
+    )
+
+
 def bad_sample_size() -> Refused:
     """422: `?size=`."""
     rule = f"a whole number from 1 to {SAMPLE_MAX}"
@@ -287,6 +319,58 @@ def no_edition(retry_after_s: int = 1) -> Refused:
         "Nothing is served yet",
         "no bundle has been brought to this site so far",
         remedy=f"try again after {retry_after_s} s; /readyz of the gateway and of the site's agent say what is missing",
+        headers=((b"retry-after", str(retry_after_s).encode("ascii")),),
+    )
+
+
+def other_edition(asked: str, served: str) -> Refused:
+    """409: the other site asks for scores of an edition that this one does not serve now."""
+    return refused(
+        409,
+        "other-edition",
+        "This site serves another edition",
+        f"asked was {asked}, served is {served}",
+        field="$.bundle",
+        rule=f"the edition served here, {served}",
+        remedy="rank at home until both sites serve the same",
+    )
+
+
+def bad_tensor(name: str, rule: str) -> Refused:
+    """422: an input of the ranker is not what the contract says."""
+    return refused(
+        422,
+        "invalid-field",
+        "A field breaks its rule",
+        f"$.{name}: {rule}",
+        field=f"$.{name}",
+        rule=rule,
+        remedy="send the inputs of `tensors.RANKER`, row by row",
+    )
+
+
+def not_message_pack() -> Refused:
+    """415: ranking for another site speaks MessagePack."""
+    return refused(
+        415,
+        "media-type",
+        "The body is not declared as MessagePack",
+        "the header Content-Type names something else, or nothing",
+        field="Content-Type",
+        rule="application/msgpack",
+        remedy="send the header 'Content-Type: application/msgpack'",
+        headers=((b"accept", b"application/msgpack"),),
+    )
+
+
+def no_ranking(why: str, retry_after_s: int = 1) -> Refused:
+    """503: this site's ranker gives the other site no scores now."""
+    return refused(
+        503,
+        "no-ranking",
+        "Nothing is ranked for others now",
+        why,
+        remedy="rank at home, or answer from the student",
         headers=((b"retry-after", str(retry_after_s).encode("ascii")),),
     )
 

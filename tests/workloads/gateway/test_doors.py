@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 
+from workloads.bundle.store import Bundle
+from workloads.contract.editions import Edition
 from workloads.contract.events import Event, EventType
-from workloads.contract.http import CandidatesAnswer, CandidatesQuery, EventsAnswer, EventsRequest
-from workloads.contract.tensors import RANKER, RANKER_DENSE, RANKER_SPARSE
+from workloads.contract.http import (
+    CandidatesAnswer,
+    CandidatesQuery,
+    EventsAnswer,
+    EventsRequest,
+    RankAnswer,
+    RankQuery,
+)
+from workloads.contract.tensors import RANKER, RANKER_DENSE, RANKER_SPARSE, USER_TOWER
 from workloads.gateway import doors
-from workloads.gateway.doors import DoorFault, HttpIntake, HttpRetrieval, IntakeBusy, IntakeFault, TritonRanker
+from workloads.gateway.doors import (
+    DoorFault,
+    HttpIntake,
+    HttpRetrieval,
+    IntakeBusy,
+    IntakeFault,
+    PeerRanker,
+    StudentRanker,
+    TritonRanker,
+)
 from workloads.gateway.ladder import Reason
 from workloads.gateway.neighbour import Late, Neighbour, Reply, Unreachable
 
@@ -100,6 +119,94 @@ async def test_every_failure_of_triton_has_its_reason(wire: Wire, reply: Reply |
     with pytest.raises(DoorFault) as caught:
         await TritonRanker("127.0.0.1:8000", BUNDLE).probabilities(*batch(), 1.0)
     assert caught.value.reason is reason
+
+
+EDITION = Edition(bundle=BUNDLE, delta=2)
+
+
+def peer() -> PeerRanker:
+    return PeerRanker("aws", "http://127.0.0.1:8080", EDITION)
+
+
+def ranked(*values: float, bundle: str = BUNDLE, delta: int = 2) -> Reply:
+    probability = np.array(values, dtype="<f4").tobytes()
+    answer = RankAnswer(bundle=bundle, delta=delta, site="aws", probability=probability, rank_ms=1.0)
+    return Reply(200, {}, msgspec.msgpack.encode(answer))
+
+
+async def test_the_other_site_gets_features_of_an_edition_and_the_time_that_is_left(wire: Wire):
+    wire.reply = ranked(0.1, 0.2, 0.3)
+    sparse, dense = batch()
+    assert (await peer().probabilities(sparse, dense, 0.0425)).tolist() == pytest.approx([0.1, 0.2, 0.3])
+    lines = wire.head_sent.decode().split("\r\n")
+    assert lines[0] == "POST /internal/rank HTTP/1.1"
+    assert "rankbridge-deadline-ms: 42.5" in lines
+    query = msgspec.msgpack.decode(wire.body_sent, type=RankQuery)
+    assert (query.bundle, query.delta, query.rows) == (BUNDLE, 2, ROWS)
+    assert (query.sparse, query.dense) == (sparse.tobytes(), dense.tobytes())
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        (Unreachable("refused"), Reason.PEER_DOWN),
+        (Late("late"), Reason.PEER_LATE),
+        (Reply(409, {}, b'{"detail":"another edition"}'), Reason.PEER_OTHER_BUNDLE),
+        (Reply(503, {}, b'{"detail":"busy"}'), Reason.PEER_BUSY),
+        (Reply(429, {}, b'{"detail":"busy"}'), Reason.PEER_BUSY),
+        (Reply(500, {}, b"\xff"), Reason.PEER_FAULT),
+        (Reply(404, {}, b""), Reason.PEER_FAULT),
+        (Reply(200, {}, b""), Reason.PEER_NONSENSE),
+        (Reply(200, {}, b"\xc1"), Reason.PEER_NONSENSE),
+        (ranked(0.1, 0.2, 0.3, bundle="cd" * 32), Reason.PEER_OTHER_BUNDLE),
+        (ranked(0.1, 0.2, 0.3, delta=1), Reason.PEER_OTHER_BUNDLE),
+        (ranked(0.1, 0.2), Reason.PEER_NONSENSE),
+        (ranked(0.1, 0.2, float("nan")), Reason.PEER_NONSENSE),
+        (ranked(0.1, 0.2, 1.5), Reason.PEER_NONSENSE),
+    ],
+)
+async def test_every_failure_of_the_other_site_has_its_reason(wire: Wire, reply: Reply | Exception, reason: Reason):
+    wire.reply = reply
+    with pytest.raises(DoorFault) as caught:
+        await peer().probabilities(*batch(), 1.0)
+    assert caught.value.reason is reason
+
+
+async def test_the_other_site_is_asked_whether_it_lives_and_not_whether_it_is_ready(wire: Wire):
+    wire.reply = Reply(200, {}, b"")
+    assert (await peer().state()).up
+    assert wire.head_sent.startswith(b"GET /healthz ")  # /readyz would ask us in turn, and so on
+
+
+def test_what_is_no_student_is_refused_with_its_name(tmp_path: Path):
+    path = tmp_path / "student.onnx"
+    path.write_bytes(b"no model")
+    with pytest.raises(ValueError, match=r"student\.onnx cannot be opened"):
+        StudentRanker(path)
+
+
+def test_a_model_with_other_inputs_is_no_student(bundle: Bundle):
+    with pytest.raises(ValueError, match="other inputs than sparse and dense"):
+        StudentRanker(bundle.model_path(USER_TOWER))
+
+
+async def test_a_student_scores_every_candidate_in_this_process(bundle: Bundle):
+    # The ranker has the student's inputs and outputs: any such model can be one.
+    student = StudentRanker(bundle.model_path(RANKER))
+    sparse, dense = batch()
+    scores = await student.probabilities(sparse, dense, 0.0)
+    assert scores.shape == (ROWS,)
+    assert ((scores > 0) & (scores < 1)).all()
+    assert (await student.state()).up
+
+
+async def test_a_student_that_cannot_read_its_input_is_a_fault_and_no_crash(bundle: Bundle):
+    student = StudentRanker(bundle.model_path(RANKER))
+    sparse, dense = batch()
+    for bad in ((sparse + 10**6, dense), (sparse, np.full_like(dense, np.nan))):
+        with pytest.raises(DoorFault) as caught:
+            await student.probabilities(*bad, 1.0)
+        assert caught.value.reason is Reason.STUDENT_FAULT
 
 
 QUERY = CandidatesQuery(
