@@ -181,19 +181,26 @@ class Router:
         """Since the call began: later than this, a second one may be worth it."""
         return choice.predicted_ms
 
-    def hedge(self, ticket: Ticket, left_ms: float, now_s: float) -> Choice | None:
+    def hedge(self, ticket: Ticket, left_ms: float, now_s: float, exclude: Collection[Route] = ()) -> Choice | None:
         """A second call beside one that is out too long, at another route, within the budget; None: just wait."""
         other = self.choose(
-            ticket.choice.rows, left_ms, now_s, ticket.choice.route.rung, exclude=(ticket.choice.route,)
+            ticket.choice.rows, left_ms, now_s, ticket.choice.route.rung, exclude=(ticket.choice.route, *exclude)
         )
         return other if other is not None and self.hedges.take() else None
 
-    def retry(self, ticket: Ticket, left_ms: float, now_s: float, best_rung: int = Rung.FULL_RANKER) -> Choice | None:
+    def retry(
+        self,
+        ticket: Ticket,
+        left_ms: float,
+        now_s: float,
+        best_rung: int = Rung.FULL_RANKER,
+        exclude: Collection[Route] = (),
+    ) -> Choice | None:
         """What to do after a call that failed or was late: the one place that tries again.
 
         A step down to a lower rung is always free, as an answer must be; another site at an equal rung needs a token.
         """
-        return self.choose(ticket.choice.rows, left_ms, now_s, best_rung, exclude=(ticket.choice.route,))
+        return self.choose(ticket.choice.rows, left_ms, now_s, best_rung, exclude=(ticket.choice.route, *exclude))
 
     def states(self, now_s: float) -> list[RouteState]:
         """Every route, for metrics."""
