@@ -23,12 +23,14 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
 
     error: str | None = None
     served: Served | None = None
+    problem: str | None = None
+    """Type of the problem (RFC 9457) by which it was refused; None where it was not, or not in that form."""
 
 
 def read_items(status: int, body: bytes, *, k: int) -> Reading:
     """An answer of recommend, search or similar: `k` different items and how they were made."""
     if status != OK:
-        return Reading(error=_refusal(status, body))
+        return _refusal(status, body)
     try:
         answer = _items.decode(body)
     except msgspec.DecodeError as fault:
@@ -44,7 +46,7 @@ def read_items(status: int, body: bytes, *, k: int) -> Reading:
 def read_events(status: int, body: bytes, *, sent: int) -> Reading:
     """An acknowledgement of `sent` events that nobody sent before."""
     if status != OK:
-        return Reading(error=_refusal(status, body))
+        return _refusal(status, body)
     try:
         answer = _events.decode(body)
     except msgspec.DecodeError as fault:
@@ -54,11 +56,12 @@ def read_events(status: int, body: bytes, *, sent: int) -> Reading:
     return Reading()
 
 
-def _refusal(status: int, body: bytes) -> str:
+def _refusal(status: int, body: bytes) -> Reading:
     try:
-        return _cut(f"http {status}: {_problem.decode(body).title}")
+        problem = _problem.decode(body)
     except msgspec.DecodeError:
-        return f"http {status}"
+        return Reading(error=f"http {status}")
+    return Reading(error=_cut(f"http {status}: {problem.title}"), problem=problem.type)
 
 
 def _cut(text: str) -> str:

@@ -38,6 +38,8 @@ class RunHeader(msgspec.Struct, frozen=True, kw_only=True, tag="run", tag_field=
     rate_per_user: float
     seed: int
     targets: list[Target]
+    note: str = ""
+    """What a reader of the figures should know of the generator itself."""
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True, tag="sample", tag_field="record", omit_defaults=True):
@@ -66,6 +68,14 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, tag="sample", tag_field=
     bundle: str | None = None
     warmup: bool = False
     """Due during warm-up: kept, and judged by nobody."""
+    problem: str | None = None
+    """Type of the problem by which it was refused, where the answer said one."""
+    sent_to: str | None = None
+    """Site that it was sent to, where the generator notes it."""
+    ranked_at: str | None = None
+    """Site whose ranker scored the answer."""
+    priority: str | None = None
+    """As the request's header said; None without one."""
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +87,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     """Length of the judged part (warm-up excluded)."""
     fault: str | None = None
     """Why the run could not be done as asked, in a sentence; None when it could."""
+    stray: int = 0
+    """Answers, or pieces of one, that came for no request: one that has its answer already, or none at all."""
 
 
 class _End(msgspec.Struct, frozen=True, kw_only=True, tag="end", tag_field="record"):
@@ -84,6 +96,7 @@ class _End(msgspec.Struct, frozen=True, kw_only=True, tag="end", tag_field="reco
 
     seconds: float
     fault: str | None = None
+    stray: int = 0
 
 
 _encoder = msgspec.json.Encoder()
@@ -115,9 +128,9 @@ class SampleFile:
         """One more line."""
         self._stream.write(_encoder.encode(sample) + b"\n")
 
-    def finish(self, *, seconds: float, fault: str | None) -> None:
+    def finish(self, *, seconds: float, fault: str | None, stray: int = 0) -> None:
         """Write the last line, make the file durable and give it its name."""
-        self._stream.write(_encoder.encode(_End(seconds=seconds, fault=fault)) + b"\n")
+        self._stream.write(_encoder.encode(_End(seconds=seconds, fault=fault, stray=stray)) + b"\n")
         self._stream.flush()
         os.fsync(self._stream.fileno())
         self._stream.close()
@@ -150,7 +163,7 @@ def read(path: Path) -> Run:
         )
     if end is None:
         raise ValueError(f"{path.name}: the last line is missing; the run was cut short, do it again")
-    return Run(header=header, samples=samples, seconds=end.seconds, fault=end.fault)
+    return Run(header=header, samples=samples, seconds=end.seconds, fault=end.fault, stray=end.stray)
 
 
 def _records(lines: Iterable[bytes], path: Path) -> Iterable[RunHeader | Sample | _End]:
