@@ -29,6 +29,11 @@ class TokenBudget:
         self.calls = 0
         self.taken = 0
 
+    @property
+    def left(self) -> bool:
+        """Whether there is a token."""
+        return self._tokens >= 1.0
+
     def earned(self) -> None:
         """A first call was made."""
         self.calls += 1

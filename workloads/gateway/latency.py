@@ -29,7 +29,7 @@ _RENEW_AT: Final = 64.0
 class DecayedHistogram:
     """Latencies of one kind of call. An observation or a quantile takes a few microseconds."""
 
-    __slots__ = ("_counts", "_half_life_s", "_known", "_last_s", "_now", "_total")
+    __slots__ = ("_counts", "_half_life_s", "_last_s", "_now", "_sums", "_total")
 
     def __init__(self, half_life_s: float = 2.0) -> None:
         self._half_life_s = half_life_s
@@ -38,7 +38,8 @@ class DecayedHistogram:
         self._now = 0.0
         """Half-lives passed: a sample weighs 2 to this power. Weights grow, so that nothing has to shrink."""
         self._last_s: float | None = None
-        self._known: tuple[list[float], dict[float, float]] | None = None
+        self._sums: list[float] | None = None
+        """Running sums of the counts, until the next observation."""
 
     def observe(self, ms: float, now_s: float) -> None:
         """One call took `ms`."""
@@ -64,17 +65,15 @@ class DecayedHistogram:
         """
         if self._total <= 0.0:
             return None
-        if self._known is None:
-            self._known = (list(accumulate(self._counts)), {})
-        sums, found = self._known
-        known = found.get(share)
-        if known is None:
-            wanted = share * sums[-1]
-            at = min(bisect_left(sums, wanted), BUCKETS - 1)
-            below = sums[at - 1] if at else 0.0
-            inside = (wanted - below) / self._counts[at] if self._counts[at] > 0.0 else 1.0
-            known = found[share] = SHORTEST_MS * 2.0 ** ((at - 1 + min(max(inside, 0.0), 1.0)) / PER_OCTAVE)
-        return known
+        sums = self._sums
+        if sums is None:
+            sums = self._sums = list(accumulate(self._counts))
+        wanted = share * sums[-1]
+        at = min(bisect_left(sums, wanted), BUCKETS - 1)
+        if not at:
+            return SHORTEST_MS
+        inside = (wanted - sums[at - 1]) / self._counts[at] if self._counts[at] > 0.0 else 1.0
+        return float(SHORTEST_MS * 2.0 ** ((at - 1 + min(max(inside, 0.0), 1.0)) / PER_OCTAVE))
 
     def share_over(self, ms: float) -> float:
         """Share of calls that took longer than `ms`, to a bucket; 0 without evidence."""
@@ -85,10 +84,9 @@ class DecayedHistogram:
         """How many samples of now the evidence is worth."""
         return self._total / self._unit()
 
-    def forget(self) -> None:
-        """Know nothing again."""
-        self._counts = [0.0] * BUCKETS
-        self._total, self._now, self._last_s, self._known = 0.0, 0.0, None, None
+    def fade(self) -> None:
+        """All evidence so far weighs half as much against what comes."""
+        self._now += 1.0
 
     def _unit(self) -> float:
         return float(2.0**self._now)
@@ -105,7 +103,7 @@ class DecayedHistogram:
         weight = self._unit()
         self._counts[bucket] += weight
         self._total += weight
-        self._known = None
+        self._sums = None
 
 
 def _bucket(ms: float) -> int:
