@@ -277,14 +277,14 @@ class Router:
         """Since the call began: when it is out this long, a second one may be worth it (the route's quantile)."""
         return choice.predicted_ms
 
-    def hedge(self, ticket: Ticket, left_ms: float, now_s: float) -> Choice | None:
+    def hedge(self, ticket: Ticket, left_ms: float, now_s: float, exclude: Collection[Route] = ()) -> Choice | None:
         """A second call beside one that is out too long, within the budget; None: just wait.
 
         At another site and no lower rung; lower only where the time does not suffice for a fallback after this call.
         Take whichever answers first, end the other as CANCELLED.
         """
         first = ticket.choice
-        other = self._choose(first.rows, left_ms, now_s, first.route.rung, (first.route,), extra=True)
+        other = self._choose(first.rows, left_ms, now_s, first.route.rung, (first.route, *exclude), extra=True)
         if other is None or (other.route.rung > first.route.rung and first.fallback is not None):
             return None
         return other if self.hedges.take() else None
