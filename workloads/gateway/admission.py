@@ -44,7 +44,9 @@ class AdmissionPolicy:
     smoothing: float = 0.2
     used_to: int = 600
     """Answers over which "used to" is averaged."""
-    places: Mapping[Priority, float] = MappingProxyType({Priority.LOW: 0.7, Priority.NORMAL: 0.9, Priority.HIGH: 1.0})
+    places: Mapping[Priority, float] = dataclasses.field(
+        default_factory=lambda: {Priority.LOW: 0.7, Priority.NORMAL: 0.9, Priority.HIGH: 1.0}
+    )
     """Share of the limit that requests of a priority may fill."""
     crowded: float = 0.7
     """Share of a priority's places from which on tenants are held to their shares."""
