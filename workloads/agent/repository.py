@@ -20,7 +20,7 @@ from workloads.contract.sites import SiteClass
 from workloads.contract.tensors import RANKER, Signature, TensorSpec
 
 SERVED: Final[tuple[Signature, ...]] = (RANKER,)
-"""Models that Triton serves; the towers run inside retrieval."""
+"""Models that Triton serves; the towers run inside retrieval, the student inside the gateway."""
 VERSION: Final = "1"
 MODEL_FILE: Final = "model.onnx"
 INCOMING: Final = ".incoming-"

@@ -3,7 +3,8 @@
 It obeys the contract to the letter and is deterministic under a seed. The models do what their
 names say, plainly: the user tower is the decayed mean of the history's item vectors, the item tower places
 an item without an id at its category's centre, a little to where its words draw it, the ranker is a
-logistic score that rises with retrieval score and popularity. Its quality figures mean nothing.
+logistic score that rises with retrieval score and popularity, and the student the same in 8 bits. Its quality
+figures mean nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from workloads.bundle import manifest as m
 from workloads.bundle.probes import write_probes
 from workloads.bundle.store import write_bundle
 from workloads.bundle.tables import Array
-from workloads.contract.quality import QualityReport, QualityRow, RankerQuality
+from workloads.contract.quality import QualityReport, QualityRow, RankerQuality, RungQuality
 from workloads.contract.tensors import (
     IMAGE_DIM,
     ITEM_TOWER,
@@ -29,6 +30,8 @@ from workloads.contract.tensors import (
     RANKER,
     RANKER_DENSE,
     RANKER_SPARSE,
+    SIGNATURES,
+    STUDENT,
     USER_TOWER,
     VECTOR_DIM,
     FeatureSchema,
@@ -41,6 +44,11 @@ IR_VERSION: Final = 9
 _DAY_MS: Final = 86_400_000
 _TOKEN_ROWS: Final = 499
 """Rows of the query tower's table; token ids are taken modulo this, to keep the file small."""
+
+_REACH: Final = 4.0
+"""Dense features beyond this are at the end of the student's 8 bits."""
+_STEPS: Final = 64
+"""Steps of the student's largest weight: 7 bits, which no processor's 16 bit sums overflow with."""
 
 _KINDS: Final = {
     "Lighting": ("lantern", "table lamp", "tea light holder", "string lights"),
@@ -200,6 +208,8 @@ def _write_models(source: Path, vectors: Array, category: Array, random: np.rand
     for name, weight in (("ann_score", 2.0), ("popularity", 1.0), ("item_to_item", 0.5), ("times_touched", 0.2)):
         if name in RANKER_DENSE:
             dense_weight[RANKER_DENSE.index(name)] = weight
+    item_bias = (0.1 * random.normal(size=(items + 1, 1))).astype(np.float32)
+    weight_scale = np.abs(dense_weight).max() / _STEPS
     constants: dict[Signature, dict[str, Array]] = {
         USER_TOWER: {
             "vectors": vectors,
@@ -227,9 +237,19 @@ def _write_models(source: Path, vectors: Array, category: Array, random: np.rand
             "last": np.array([-1], np.int64),
         },
         RANKER: {
-            "item_bias": (0.1 * random.normal(size=(items + 1, 1))).astype(np.float32),
+            "item_bias": item_bias,
             "first": np.array(0, np.int64),
             "dense_weight": dense_weight,
+            "offset": np.array([-2.0], np.float32),
+        },
+        STUDENT: {
+            "item_bias": item_bias,
+            "first": np.array(0, np.int64),
+            "dense_scale": np.array(_REACH / 128, np.float32),
+            "dense_zero": np.array(128, np.uint8),
+            "weight_narrow": np.round(dense_weight / weight_scale).astype(np.int8),
+            "weight_scale": np.array(weight_scale, np.float32),
+            "weight_zero": np.array(0, np.int8),
             "offset": np.array([-2.0], np.float32),
         },
     }
@@ -306,6 +326,17 @@ _NODES: Final[dict[str, tuple[tuple[str, tuple[str, ...], tuple[str, ...], dict[
         ("Sum", ("score", "bias", "offset"), ("logit",), {}),
         ("Sigmoid", ("logit",), ("probability",), {}),
     ),
+    # the ranker's, with features and weights in 8 bits
+    "student": (
+        ("Gather", ("sparse", "first"), ("item",), {"axis": 1}),
+        ("Gather", ("item_bias", "item"), ("bias",), {"axis": 0}),
+        ("QuantizeLinear", ("dense", "dense_scale", "dense_zero"), ("narrow",), {}),
+        ("DequantizeLinear", ("narrow", "dense_scale", "dense_zero"), ("feature",), {}),
+        ("DequantizeLinear", ("weight_narrow", "weight_scale", "weight_zero"), ("weight",), {}),
+        ("MatMul", ("feature", "weight"), ("score",), {}),
+        ("Sum", ("score", "bias", "offset"), ("logit",), {}),
+        ("Sigmoid", ("logit",), ("probability",), {}),
+    ),
 }
 """(operator, inputs, outputs, attributes) of each model."""
 
@@ -348,6 +379,13 @@ def _facts(items: int) -> m.Facts:
         QualityRow(name=name, protocol="novel", rung=rung, metrics={"recall@20": recall}, requests=1)
         for name, rung, recall in (("popularity", 4, 0.1), ("popularity_30d", None, 0.15), ("ours", 1, 0.3))
     ]
+    ladder = ((1, 0.3, 0.7), (2, 0.294, 0.69), (3, 0.24, 0.6), (4, 0.15, None))
+    rungs = [
+        RungQuality(
+            rung=rung, protocol="novel", ndcg_at_10=gain, auc=auc, loss=1 - gain / 0.3, loss_error=0.001, requests=1
+        )
+        for rung, gain, auc in ladder
+    ]
     ranker = RankerQuality(auc=0.7, log_loss=0.3, calibration=1.0, base_rate=0.1, rows=1, reliability=[(0.1, 0.1, 1)])
     return m.Facts(
         dataset="fake",
@@ -355,7 +393,9 @@ def _facts(items: int) -> m.Facts:
         training_digest="0" * 12,
         key_epoch=1,
         created_ms=CREATED_MS,
-        quality=QualityReport(dataset="fake", rows=rows, ranker=ranker, statements=["Nothing here was measured."]),
-        parity={signature.role: parity for signature in (USER_TOWER, ITEM_TOWER, QUERY_TOWER, RANKER)},
+        quality=QualityReport(
+            dataset="fake", rows=rows, ranker=ranker, statements=["Nothing here was measured."], rungs=rungs
+        ),
+        parity={signature.role: parity for signature in SIGNATURES},
         ann=m.AnnFigures(kind="flat", items=items, recall_at_10=1.0, queries=1),
     )

@@ -16,7 +16,7 @@ import msgspec
 
 from workloads.contract.quality import QualityReport
 from workloads.contract.sites import SiteClass
-from workloads.contract.tensors import ITEM_TOWER, QUERY_TOWER, RANKER, USER_TOWER, Signature
+from workloads.contract.tensors import SIGNATURES, Signature
 
 SCHEMA_VERSION: Final = 1
 ID_PATTERN: Final = r"^[0-9a-f]{64}$(?!\n)"
@@ -30,9 +30,7 @@ CATALOGUE: Final = "items.parquet"
 ITEM_TABLES_FILE: Final = "item_tables.safetensors"
 ANN: Final = "ann.faiss"
 PROBES: Final = "probes.safetensors"
-MODELS: Final[Mapping[str, Signature]] = {
-    f"{signature.role}.onnx": signature for signature in (USER_TOWER, ITEM_TOWER, QUERY_TOWER, RANKER)
-}
+MODELS: Final[Mapping[str, Signature]] = {f"{signature.role}.onnx": signature for signature in SIGNATURES}
 """File name of every model, and the signature that it keeps."""
 REQUIRED: Final = frozenset({MODEL_CARD, FEATURES, CATALOGUE, ITEM_TABLES_FILE, ANN, PROBES, *MODELS})
 

@@ -51,6 +51,8 @@ class RungQuality(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Pointwise, over the rows that rung 1 scored; None for an order without scores of its own."""
     loss: float
     """1 - NDCG@10 / rung 1's NDCG@10; negative where the rung is better."""
+    loss_error: float = 0.0
+    """Standard error of `loss`, from the differences request by request."""
     requests: int
 
 
@@ -74,7 +76,7 @@ class QualityReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     statements: list[str]
     """Plain words about the table, made from it: where ours is below kNN, one of these says so."""
     rungs: list[RungQuality] = []
-    """The measured ladder, a row per rung and protocol."""
+    """The measured ladder, a row per rung and protocol. A search is not ranked: it has no rung 1 to lose against."""
 
     def loss(self, rung: int, protocol: Protocol = "novel") -> float | None:
         """What a rung loses against rung 1, or None when it was not measured."""

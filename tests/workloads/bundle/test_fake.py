@@ -19,6 +19,7 @@ from workloads.contract.tensors import (
     RANKER,
     RANKER_DENSE,
     SIGNATURES,
+    STUDENT,
     TEXT_TOKENS,
     USER_TOWER,
     Signature,
@@ -81,11 +82,25 @@ def test_a_user_is_drawn_to_what_stands_in_the_history(bundle: Bundle) -> None:
     assert int(np.argmax(bundle.tables["vectors"] @ vector[0])) == 9
 
 
-def test_the_ranker_prefers_the_better_retrieval_score(bundle: Bundle) -> None:
+@pytest.mark.parametrize("signature", [RANKER, STUDENT], ids=lambda signature: signature.role)
+def test_the_ranker_prefers_the_better_retrieval_score(bundle: Bundle, signature: Signature) -> None:
     dense = np.zeros((2, len(RANKER_DENSE)), np.float32)
     dense[1, RANKER_DENSE.index("ann_score")] = 1.0
-    low, high = _run(bundle, RANKER, dense=dense)[:, 0]
+    low, high = _run(bundle, signature, dense=dense)[:, 0]
     assert 0 < low < high < 1
+
+
+def test_the_student_says_nearly_what_the_ranker_says(bundle: Bundle) -> None:
+    dense = np.random.default_rng(0).normal(size=(50, len(RANKER_DENSE))).astype(np.float32)
+    sparse = np.random.default_rng(0).integers(0, 60, (50, 6))
+    ranked, taught = (_run(bundle, one, sparse=sparse, dense=dense) for one in (RANKER, STUDENT))
+    assert 0 < np.abs(ranked - taught).max() < 0.05
+
+
+def test_the_fake_ladder_falls_from_rung_to_rung(bundle: Bundle) -> None:
+    losses = [bundle.manifest.quality.loss(rung) for rung in (1, 2, 3, 4)]
+    assert losses[0] == 0
+    assert losses == sorted(losses)
 
 
 def test_the_same_seed_gives_the_same_bundle_and_another_seed_another(tmp_path: Path) -> None:

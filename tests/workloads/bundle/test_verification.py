@@ -91,9 +91,10 @@ def test_an_extra_file_is_refused(bundle: Path) -> None:
     _refused(bundle, "notes.md", "is not in the manifest")
 
 
-def test_a_required_file_that_the_manifest_leaves_out_is_refused(bundle: Path) -> None:
-    (bundle / "ranker.onnx").unlink()
-    _refused(_seal(bundle), "ranker.onnx", "every bundle has this file")
+@pytest.mark.parametrize("file", ["ranker.onnx", "student.onnx"])
+def test_a_required_file_that_the_manifest_leaves_out_is_refused(bundle: Path, file: str) -> None:
+    (bundle / file).unlink()
+    _refused(_seal(bundle), file, "every bundle has this file")
 
 
 @pytest.mark.parametrize(
