@@ -6,9 +6,9 @@ neighbour is noticed without a single answer. The order of preference, exactly:
 
 1. Only routes at the rung that was asked for or below, that are not excluded, that are not drained, and whose predicted
    finish fits what is left of the deadline.
-2. Among those the best rung; within a rung the lowest price; at equal price the earlier finish. A dearer site so gets
-   only what the cheaper one cannot finish. With `RouterPolicy.loss_price` set, quality has a price instead: the lowest
-   price + loss_price x loss.
+2. Among those the best rung; within a rung first those that leave time to step down when the call fails, then the
+   lowest price, then the earlier finish. A dearer site so gets only what the cheaper one cannot finish. With
+   `RouterPolicy.loss_price` set, quality has a price instead: price + loss_price x loss comes first, then the same.
 3. Nothing fits: None, and the caller answers from a rung that needs no call.
 
 Slow is down. A route whose quantile passes `slow_ms`, or that fails too often, is drained; a few requests that can
@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from workloads.contract.slo import CANDIDATES_RANKED, HEDGE_SHARE_MAX, ROUTE_QUANTILE, STAGE_P99_MS, Rung, Stage
@@ -95,6 +96,10 @@ class RouterPolicy:
     """A route that is back gets this share of its requests at first, and twice as much after each such time."""
     relapse_s: float = 30.0
     """Drained again within this time after it came back is a relapse."""
+    fallback_room: float = 1.25
+    """A fallback is kept so many times what it is predicted to take, or it would not fit any more when its time comes."""
+    hedge_room: float = 2.0
+    """A hedge begins when so many times what the other route is predicted to take is left."""
     hedge_share: float = HEDGE_SHARE_MAX
     retry_share: float = RETRY_SHARE_MAX
     burst: float = BURST
@@ -130,6 +135,9 @@ class Choice:
     """When it is finished, at the quantile; of a probe what the route was last known to take."""
     budget_ms: float
     """Give it up after this: what is left of the deadline, less what `fallback` takes where there is room for both."""
+    hedge_after_ms: float = math.inf
+    """When it is out this long, a second call may be worth it: not before the quantile, and not before the deadline is
+    in danger, because a hedge that saves no deadline is only dear. Infinity: no other route would help."""
     probe: bool = False
     """The route is down or slow, and this call is to find out whether it is back."""
     extra: bool = False
@@ -213,16 +221,31 @@ class Router:
             return choice
         if not fitting:
             return None
+        quick = self._quickest_by_rung(fitting)
         may = [found for found in fitting if found[0].open_to(now_s, self._random)] or fitting
-        rank = may[0][0].rank
-        best, predicted = min((found for found in may if found[0].rank == rank), key=_finish)
+        best, predicted = min(may, key=lambda found: found[0].preference(found[1], quick, left_ms))
+        fallback, budget, hedge_after = None, left_ms, math.inf
         others = [found for found in fitting if found[0] is not best]
-        fallback, budget = None, left_ms
         if others:
             quickest, after = min(others, key=_finish)
+            after *= self.policy.fallback_room
             if predicted + after <= left_ms:
                 fallback, budget = quickest.facts.route, left_ms - after
-        return Choice(best.facts.route, rows, left_ms, predicted, budget, extra=extra, fallback=fallback)
+            helping = [
+                found for found in others if fallback is None or found[0].facts.route.rung <= best.facts.route.rung
+            ]
+            if helping:
+                second = min(helping, key=_finish)[1]
+                hedge_after = max(predicted, left_ms - self.policy.hedge_room * second)
+        return Choice(best.facts.route, rows, left_ms, predicted, budget, hedge_after, extra=extra, fallback=fallback)
+
+    @staticmethod
+    def _quickest_by_rung(fitting: Sequence[tuple[_Lane, float]]) -> dict[int, float]:
+        quick: dict[int, float] = {}
+        for lane, predicted in fitting:
+            rung = lane.facts.route.rung
+            quick[rung] = min(quick.get(rung, math.inf), predicted)
+        return quick
 
     def _probe(
         self,
@@ -239,6 +262,7 @@ class Router:
         fallback, after = None, 0.0
         if fitting:
             quickest, after = min(fitting, key=_finish)
+            after *= self.policy.fallback_room
             fallback = quickest.facts.route
         budget = left_ms - after
         if budget < min(left_ms / 2.0, self.policy.good * self.policy.slow_ms):
@@ -272,10 +296,6 @@ class Router:
             if outcome is Outcome.ANSWERED or not within:  # a call given up earlier might have kept it, or not
                 self.calibration.observe(choice.predicted_ms, within=within)
         lane.learn(ticket, outcome, took_ms, now_s)
-
-    def hedge_after_ms(self, choice: Choice) -> float:
-        """Since the call began: when it is out this long, a second one may be worth it (the route's quantile)."""
-        return choice.predicted_ms
 
     def hedge(self, ticket: Ticket, left_ms: float, now_s: float, exclude: Collection[Route] = ()) -> Choice | None:
         """A second call beside one that is out too long, within the budget; None: just wait.
@@ -336,6 +356,13 @@ class _Lane:
         self._back_s: float | None = None
         self._probes = 0
         self._drains = 0
+
+    def preference(
+        self, predicted: float, quick: Mapping[int, float], left_ms: float
+    ) -> tuple[float, bool, float, float]:
+        """Lower is better. `quick`: what the quickest route of each rung that fits is predicted to take."""
+        reserve = min((ms for rung, ms in quick.items() if rung > self.facts.route.rung), default=0.0)
+        return self.rank[0], predicted + self._policy.fallback_room * reserve > left_ms, self.rank[1], predicted
 
     def waiting(self) -> float:
         """How many times longer than alone a call takes that begins now."""
