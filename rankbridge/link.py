@@ -31,6 +31,8 @@ class Shape:
     loss: float = 0.0
     """Share of packets, 0 to 1; a TCP relay resets connections instead."""
     rate_mbit: float | None = None
+    largest: int | None = None
+    """Packets of more bytes than this vanish without a word: an MTU hole. A TCP relay knows no packets."""
     cut: bool = False
     direction: Direction = Direction.BOTH
 

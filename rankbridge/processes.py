@@ -155,15 +155,15 @@ def end(started: Sequence[Started], *, grace_s: float) -> list[Started]:
     Returns those that had to be killed. A pid that now belongs to somebody else is left alone.
     """
     for one in started:
-        _signal(one.process, signal.SIGTERM)
+        send(one.process, signal.SIGTERM)
     _wait([one.process for one in started], grace_s)
     killed = [one for one in started if is_alive(one.process)]
     for one in killed:
-        _signal(one.process, signal.SIGKILL)
+        send(one.process, signal.SIGKILL)
     _wait([one.keeper for one in started], _REAP_WITHIN_S)
     left = [member for one in started for member in members(one)]
     for member in left:
-        _signal(member, signal.SIGKILL)
+        send(member, signal.SIGKILL)
     _wait(left, _REAP_WITHIN_S)
     _reap()
     return killed
@@ -229,7 +229,7 @@ def _stat(pid: int) -> list[str] | None:
     return text.rpartition(")")[2].split()  # a name may hold spaces and brackets
 
 
-def _signal(identity: Identity, number: signal.Signals) -> None:
+def send(identity: Identity, number: signal.Signals) -> None:
     """Signal just this process, through a pidfd: between the check and the signal its pid cannot change hands."""
     try:
         handle = os.pidfd_open(identity.pid)

@@ -1,16 +1,20 @@
-"""The private router's files: strongSwan, FRR, packet filter and tunnel interfaces, from the plan and AWS's answer.
+"""A tunnel router's files: strongSwan, FRR, packet filter and tunnel interfaces, from the plan and AWS's answer.
+
+The private router's are used in production. The same functions render the other end as AWS keeps it, and both in a form
+without kernel ESP, for `rankbridge.rig`, which has to play AWS.
 
 Every value that is written has a type that cannot hold a line break (addresses, numbers, checked names and keys), so a
 hostile configuration XML can at most be refused. AWS's XML is read by a parser without entities and compared with the
 plan; nothing of it is copied. Pure: no file is written here.
 
-Sources: strongSwan 5.9 swanctl.conf(5) and "Route-based VPN" (XFRM interfaces); FRR 8.4 BGP manual; nft(8); AWS
-Site-to-Site VPN, "Download the configuration file" for the XML.
+Sources: strongSwan 5.9 swanctl.conf(5), "Route-based VPN" (XFRM interfaces) and "kernel-libipsec"; FRR 8.4 BGP manual;
+nft(8); AWS Site-to-Site VPN, "Download the configuration file" for the XML, "Tunnel options" for AWS's limits.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import hmac
 import json
 from collections.abc import Mapping, Sequence
@@ -36,10 +40,33 @@ BGP_WEIGHT: Final = 100
 BGP_LOCAL_PREFERENCE: Final = 100
 """Equal on both tunnels: AWS tells by MED which one it prefers, during its maintenance too."""
 
+AWS_DPD_TIMEOUT: Final = 30
+"""AWS's end gives a silent peer at least so many seconds, which no option makes shorter."""
+AWS_BGP_KEEPALIVE: Final = 10
+AWS_BGP_HOLD: Final = 30
+"""What AWS proposes, in seconds; BGP then uses the shorter hold time of both ends."""
+
+LIBIPSEC_DEVICE: Final = "ipsec0"
+
 _XML_LIMIT: Final = 65_536
+_AWS_DPD_ASKS: Final = 3
+_AWAIT_DEVICE: Final = """{
+        for _ in $(seq 100); do ip link show dev "$device" >/dev/null 2>&1 && break; sleep 0.1; done
+        ip link show dev "$device" >/dev/null || { echo "no $device: is charon up? ($if_id)" >&2; exit 1; }
+    }"""
 _PRF: Final = {DhGroup.P256: "sha256", DhGroup.P384: "sha384", DhGroup.P521: "sha512"}
 _CURVE: Final = {DhGroup.P256: "ecp256", DhGroup.P384: "ecp384", DhGroup.P521: "ecp521"}
 _SWAN_CIPHER: Final = {Cipher.AES128_GCM: "aes128gcm16", Cipher.AES256_GCM: "aes256gcm16"}
+
+
+class Dataplane(enum.StrEnum):
+    """Who encrypts packets."""
+
+    XFRM = "xfrm"
+    """The kernel: an interface for each tunnel."""
+    LIBIPSEC = "libipsec"
+    """charon itself, where the kernel has no ESP: always inside UDP, and all of a daemon's tunnels on its one TUN
+    device, so that there is one tunnel for each daemon here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +100,35 @@ class Endpoint:
     def name(self) -> str:
         """`<link>-<number>`, the connection's name in strongSwan."""
         return f"{self.link.name}-{self.tunnel.number}"
+
+    def seen_from(self, site: Site) -> Sight:
+        """The tunnel as one of its two sites sees it."""
+        if site.is_cloud:
+            return Sight(
+                outside=self.aws_outside,
+                peer_outside=self.link.private.router,
+                inside=self.tunnel.aws_inside,
+                peer_inside=self.tunnel.home_inside,
+                peer_asn=self.link.private.asn,
+            )
+        return Sight(
+            outside=self.link.private.router,
+            peer_outside=self.aws_outside,
+            inside=self.tunnel.home_inside,
+            peer_inside=self.tunnel.aws_inside,
+            peer_asn=self.link.cloud.asn,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sight:
+    """One end of a tunnel: its own addresses, outside and inside, and the peer's."""
+
+    outside: IPv4Address | None
+    peer_outside: IPv4Address | None
+    inside: IPv4Address
+    peer_inside: IPv4Address
+    peer_asn: int
 
 
 def parse_configuration(xml: str) -> tuple[XmlTunnel, ...]:
@@ -165,21 +221,30 @@ def files(
     *,
     reachable: Sequence[IPv4Network],
     nat_traversal: bool = False,
+    dataplane: Dataplane = Dataplane.XFRM,
+    neighbours: Sequence[IPv4Address] = (),
 ) -> dict[str, str]:
-    """All files of a private site's router by path; `reachable` are the ranges it may learn through the tunnels."""
+    """All files of a site's router by path; `reachable` are the ranges it may learn through the tunnels.
+
+    `neighbours` are routers of the same site that learn from this one what it learns. Raises ValueError for several
+    tunnels on one daemon that encrypts by itself.
+    """
+    if dataplane is Dataplane.LIBIPSEC and len(endpoints) != 1:
+        raise ValueError(f"{len(endpoints)} tunnels: kernel-libipsec has one device for all, so it is given one tunnel")
     numbered = [(FIRST_IF_ID + i, e) for i, e in enumerate(endpoints)]
+    devices = [device(if_id, dataplane) for if_id, _ in numbered]
     return {
-        SWANCTL: swanctl(numbered, transport, nat_traversal=nat_traversal),
-        STRONGSWAN: strongswan(),
-        FRR: frr(site, endpoints, transport, reachable),
-        NFT: nft([if_id for if_id, _ in numbered], transport),
-        INTERFACES: interfaces(numbered, transport),
+        SWANCTL: swanctl(site, numbered, transport, nat_traversal=nat_traversal, dataplane=dataplane),
+        STRONGSWAN: strongswan(site, dataplane),
+        FRR: frr(site, endpoints, transport, reachable, neighbours),
+        NFT: nft(devices, transport),
+        INTERFACES: interfaces(site, numbered, transport, dataplane),
     }
 
 
-def device(if_id: int) -> str:
-    """Name of the tunnel interface with an id."""
-    return f"xfrm{if_id}"
+def device(if_id: int, dataplane: Dataplane = Dataplane.XFRM) -> str:
+    """Name of the tunnel interface with an id; charon itself names the one it makes."""
+    return f"xfrm{if_id}" if dataplane is Dataplane.XFRM else LIBIPSEC_DEVICE
 
 
 def ike_proposal(transport: Transport) -> str:
@@ -192,37 +257,56 @@ def esp_proposal(transport: Transport) -> str:
     return f"{_SWAN_CIPHER[transport.cipher]}-{_CURVE[transport.dh_group]}"
 
 
-def swanctl(numbered: Sequence[tuple[int, Endpoint]], transport: Transport, *, nat_traversal: bool) -> str:
+def swanctl(
+    site: Site,
+    numbered: Sequence[tuple[int, Endpoint]],
+    transport: Transport,
+    *,
+    nat_traversal: bool,
+    dataplane: Dataplane = Dataplane.XFRM,
+) -> str:
     """Connections and secrets for swanctl; mode 0600."""
-    connections = "".join(_connection(i, e, transport, nat_traversal=nat_traversal) for i, e in numbered)
-    secrets = "".join(_secret(e) for _, e in numbered)
+    connections = "".join(
+        _connection(site, i, e, transport, nat_traversal=nat_traversal, dataplane=dataplane) for i, e in numbered
+    )
+    secrets = "".join(_secret(site, e) for _, e in numbered)
     return f"connections {{\n{connections}}}\n\nsecrets {{\n{secrets}}}\n"
 
 
-def _connection(if_id: int, endpoint: Endpoint, transport: Transport, *, nat_traversal: bool) -> str:
+def _connection(
+    site: Site, if_id: int, endpoint: Endpoint, transport: Transport, *, nat_traversal: bool, dataplane: Dataplane
+) -> str:
+    seen = endpoint.seen_from(site)
     # Behind NAT the router does not own its public address, so it may only name it.
-    local = "%any" if nat_traversal else str(endpoint.link.private.router)
+    local = "%any" if nat_traversal and not site.is_cloud else str(seen.outside)
+    encapsulated = nat_traversal or dataplane is Dataplane.LIBIPSEC
+    bound = f"        if_id_in = {if_id}\n        if_id_out = {if_id}\n" if dataplane is Dataplane.XFRM else ""
+    if site.is_cloud:  # AWS waits for the private end, and forgets one that is gone
+        dpd_delay = max(transport.dpd_delay, AWS_DPD_TIMEOUT // _AWS_DPD_ASKS)
+        actions = {"start_action": "none", "close_action": "none", "dpd_action": "clear"}
+    else:
+        dpd_delay = transport.dpd_delay
+        actions = {"start_action": "start", "close_action": "start", "dpd_action": "restart"}
+    acts = "".join(f"                {name} = {action}\n" for name, action in actions.items())
     return f"""\
     {endpoint.name} {{
         version = 2
         local_addrs = {local}
-        remote_addrs = {endpoint.aws_outside}
+        remote_addrs = {seen.peer_outside}
         proposals = {ike_proposal(transport)}
-        encap = {"yes" if nat_traversal else "no"}
+        encap = {"yes" if encapsulated else "no"}
         mobike = no
         keyingtries = 0
-        dpd_delay = {transport.dpd_delay}s
+        dpd_delay = {dpd_delay}s
         rekey_time = {transport.ike_lifetime * 9 // 10}s
         over_time = {transport.ike_lifetime // 10}s
-        if_id_in = {if_id}
-        if_id_out = {if_id}
-        local {{
+{bound}        local {{
             auth = psk
-            id = {endpoint.link.private.router}
+            id = {seen.outside}
         }}
         remote {{
             auth = psk
-            id = {endpoint.aws_outside}
+            id = {seen.peer_outside}
         }}
         children {{
             {endpoint.name} {{
@@ -233,62 +317,100 @@ def _connection(if_id: int, endpoint: Endpoint, transport: Transport, *, nat_tra
                 rekey_time = {transport.child_lifetime * 9 // 10}s
                 life_time = {transport.child_lifetime}s
                 copy_df = no
-                start_action = start
-                close_action = start
-                dpd_action = restart
-            }}
+{acts}            }}
         }}
     }}
 """
 
 
-def _secret(endpoint: Endpoint) -> str:
+def _secret(site: Site, endpoint: Endpoint) -> str:
+    seen = endpoint.seen_from(site)
     return f"""\
     ike-{endpoint.name} {{
-        id-local = {endpoint.link.private.router}
-        id-remote = {endpoint.aws_outside}
+        id-local = {seen.outside}
+        id-remote = {seen.peer_outside}
         secret = "{endpoint.psk}"
     }}
 """
 
 
-def strongswan() -> str:
-    """Daemon settings: routes are BGP's business, and a dead peer is found in 9 s after the last DPD."""
-    return """\
-charon {
+def strongswan(site: Site, dataplane: Dataplane = Dataplane.XFRM) -> str:
+    """Daemon settings: routes are BGP's business, and a dead peer is found 7 s after it leaves a question unanswered.
+
+    AWS's end asks as often and gives the peer its 30 s.
+    """
+    timeout, base = (AWS_DPD_TIMEOUT / _AWS_DPD_ASKS, 1.0) if site.is_cloud else (1.0, 2.0)
+    # kernel-libipsec installs routes whatever it is told (5.9.8): only packets with a mark that nobody sets see them.
+    plugins = """\
+    plugins {
+        kernel-libipsec {
+            load = yes
+        }
+        kernel-netlink {
+            fwmark = 0x52
+        }
+    }
+"""
+    return f"""\
+charon {{
     install_routes = no
     install_virtual_ip = no
-    retransmit_timeout = 1.0
-    retransmit_base = 2.0
-    retransmit_tries = 2
-}
+    retransmit_timeout = {timeout:.1f}
+    retransmit_base = {base:.1f}
+    retransmit_tries = {_AWS_DPD_ASKS - 1}
+{plugins if dataplane is Dataplane.LIBIPSEC else ""}}}
 """
 
 
-def frr(site: Site, endpoints: Sequence[Endpoint], transport: Transport, reachable: Sequence[IPv4Network]) -> str:
-    """BGP over both tunnels of every link: own range out, known ranges in, both tunnels used at once."""
+def frr(
+    site: Site,
+    endpoints: Sequence[Endpoint],
+    transport: Transport,
+    reachable: Sequence[IPv4Network],
+    neighbours: Sequence[IPv4Address] = (),
+) -> str:
+    """BGP over the tunnels of every link: own range out, known ranges in, all tunnels used at once."""
     learnt = "".join(
         f"ip prefix-list RANKBRIDGE-IN seq {10 * i} permit {network} le 28\n" for i, network in enumerate(reachable, 1)
     )
+    seen = [(e, e.seen_from(site)) for e in endpoints]
+    keepalive, hold = (
+        (AWS_BGP_KEEPALIVE, AWS_BGP_HOLD) if site.is_cloud else (transport.bgp_keepalive, transport.bgp_hold)
+    )
     peers = "".join(
         f"""\
- neighbor {e.tunnel.aws_inside} remote-as {e.link.cloud.asn}
- neighbor {e.tunnel.aws_inside} description {e.name}
- neighbor {e.tunnel.aws_inside} update-source {e.tunnel.home_inside}
- neighbor {e.tunnel.aws_inside} timers {transport.bgp_keepalive} {transport.bgp_hold}
- neighbor {e.tunnel.aws_inside} timers connect 5
+ neighbor {at.peer_inside} remote-as {at.peer_asn}
+ neighbor {at.peer_inside} description {e.name}
+ neighbor {at.peer_inside} update-source {at.inside}
+ neighbor {at.peer_inside} timers {keepalive} {hold}
+ neighbor {at.peer_inside} timers connect 5
 """
-        for e in endpoints
+        for e, at in seen
     )
     active = "".join(
         f"""\
-  neighbor {e.tunnel.aws_inside} activate
-  neighbor {e.tunnel.aws_inside} soft-reconfiguration inbound
-  neighbor {e.tunnel.aws_inside} weight {BGP_WEIGHT}
-  neighbor {e.tunnel.aws_inside} route-map RANKBRIDGE-IN in
-  neighbor {e.tunnel.aws_inside} route-map RANKBRIDGE-OUT out
+  neighbor {at.peer_inside} activate
+  neighbor {at.peer_inside} soft-reconfiguration inbound
+  neighbor {at.peer_inside} weight {BGP_WEIGHT}
+  neighbor {at.peer_inside} route-map RANKBRIDGE-IN in
+  neighbor {at.peer_inside} route-map RANKBRIDGE-OUT out
 """
-        for e in endpoints
+        for _, at in seen
+    )
+    peers += "".join(
+        f"""\
+ neighbor {address} remote-as {site.asn}
+ neighbor {address} timers {transport.bgp_keepalive} {transport.bgp_hold}
+ neighbor {address} timers connect 5
+"""
+        for address in neighbours
+    )
+    active += "".join(
+        f"""\
+  neighbor {address} activate
+  neighbor {address} next-hop-self
+"""
+        for address in neighbours
     )
     return f"""\
 frr defaults traditional
@@ -307,7 +429,7 @@ route-map RANKBRIDGE-IN permit 10
 exit
 !
 router bgp {site.asn}
- bgp router-id {endpoints[0].tunnel.home_inside}
+ bgp router-id {seen[0][1].inside}
  no bgp default ipv4-unicast
  no bgp network import-check
  bgp bestpath as-path multipath-relax
@@ -321,9 +443,9 @@ exit
 """
 
 
-def nft(if_ids: Sequence[int], transport: Transport) -> str:
+def nft(devices: Sequence[str], transport: Transport) -> str:
     """Clamp TCP's segment size in both directions; loading the file again replaces the table."""
-    devices = ", ".join(f'"{device(i)}"' for i in if_ids)
+    named = ", ".join(f'"{name}"' for name in devices)
     rule = f"tcp flags syn tcp option maxseg size > {transport.mss} tcp option maxseg size set {transport.mss}"
     return f"""\
 table inet rankbridge_vpn
@@ -331,20 +453,30 @@ delete table inet rankbridge_vpn
 table inet rankbridge_vpn {{
     chain forward {{
         type filter hook forward priority mangle; policy accept;
-        oifname {{ {devices} }} {rule}
-        iifname {{ {devices} }} {rule}
+        oifname {{ {named} }} {rule}
+        iifname {{ {named} }} {rule}
     }}
     chain output {{
         type route hook output priority mangle; policy accept;
-        oifname {{ {devices} }} {rule}
+        oifname {{ {named} }} {rule}
     }}
 }}
 """
 
 
-def interfaces(numbered: Sequence[tuple[int, Endpoint]], transport: Transport) -> str:
+def interfaces(
+    site: Site,
+    numbered: Sequence[tuple[int, Endpoint]],
+    transport: Transport,
+    dataplane: Dataplane = Dataplane.XFRM,
+) -> str:
     """A script that brings the tunnel interfaces to the planned state, however often it runs."""
-    calls = "".join(f"ensure {device(i)} {i} {e.tunnel.home_inside}/{e.tunnel.inside.prefixlen}\n" for i, e in numbered)
+    calls = "".join(
+        f"ensure {device(i, dataplane)} {i} {e.seen_from(site).inside}/{e.tunnel.inside.prefixlen}\n"
+        for i, e in numbered
+    )
+    # charon's own device is there once charon is, and goes with it.
+    make = 'ip link add "$device" type xfrm if_id "$if_id"' if dataplane is Dataplane.XFRM else _AWAIT_DEVICE
     return f"""\
 #!/bin/sh
 # Tunnel interfaces of the rankbridge VPN: one MTU everywhere, routes from BGP only.
@@ -354,7 +486,7 @@ mtu={transport.mtu}
 
 ensure() {{
     device=$1 if_id=$2 address=$3
-    ip link show dev "$device" >/dev/null 2>&1 || ip link add "$device" type xfrm if_id "$if_id"
+    ip link show dev "$device" >/dev/null 2>&1 || {make}
     ip link set "$device" mtu "$mtu" up
     ip address replace "$address" dev "$device"
     sysctl -q -w "net.ipv4.conf.$device.disable_policy=1" "net.ipv4.conf.$device.rp_filter=2"
