@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Final, NamedTuple
 
 from workloads.contract.slo import CANDIDATES_RANKED, HEDGE_SHARE_MAX, ROUTE_QUANTILE, STAGE_P99_MS, Rung, Stage
@@ -97,9 +97,11 @@ class RouterPolicy:
     relapse_s: float = 30.0
     """Drained again within this time after it came back is a relapse."""
     fallback_room: float = 1.25
-    """A fallback is kept so many times what it is predicted to take, or it would not fit any more when its time comes."""
-    hedge_room: float = 2.0
-    """A hedge begins when so many times what the other route is predicted to take is left."""
+    """A fallback is kept so many times what it is predicted to take, or it would not fit when its time comes."""
+    probe_room: float = 2.0
+    """The same for what follows a probe, which is not expected to succeed."""
+    hedge_room: float = 1.25
+    """A hedge begins, at the earliest, when only so many times what the other route is predicted to take is left."""
     hedge_share: float = HEDGE_SHARE_MAX
     retry_share: float = RETRY_SHARE_MAX
     burst: float = BURST
@@ -210,7 +212,7 @@ class Router:
         probed: tuple[_Lane, float] | None = None
         for lane in self._ordered:
             route = lane.facts.route
-            if route.rung < best_rung or route in exclude:
+            if lane.rung < best_rung or route in exclude:
                 continue
             predicted = lane.predicted_ms(rows, now_s)
             if lane.drained is None and predicted <= left_ms:
@@ -221,31 +223,39 @@ class Router:
             return choice
         if not fitting:
             return None
-        quick = self._quickest_by_rung(fitting)
-        may = [found for found in fitting if found[0].open_to(now_s, self._random)] or fitting
-        best, predicted = min(may, key=lambda found: found[0].preference(found[1], quick, left_ms))
-        fallback, budget, hedge_after = None, left_ms, math.inf
-        others = [found for found in fitting if found[0] is not best]
-        if others:
-            quickest, after = min(others, key=_finish)
-            after *= self.policy.fallback_room
-            if predicted + after <= left_ms:
-                fallback, budget = quickest.facts.route, left_ms - after
-            helping = [
-                found for found in others if fallback is None or found[0].facts.route.rung <= best.facts.route.rung
-            ]
-            if helping:
-                second = min(helping, key=_finish)[1]
-                hedge_after = max(predicted, left_ms - self.policy.hedge_room * second)
+        best, predicted = self._preferred(fitting, left_ms, now_s)
+        rung = best.rung
+        quickest: _Lane | None = None
+        after = helping = math.inf
+        """What the quickest other route takes, and the quickest other of no lower rung."""
+        for lane, ms in fitting:
+            if lane is not best:
+                if ms < after:
+                    quickest, after = lane, ms
+                if ms < helping and lane.rung <= rung:
+                    helping = ms
+        fallback, budget = None, left_ms
+        kept = self.policy.fallback_room * after
+        if quickest is not None and predicted + kept <= left_ms:
+            fallback, budget = quickest.facts.route, left_ms - kept
+        second = after if fallback is None else helping
+        hedge_after = math.inf if second == math.inf else max(predicted, left_ms - self.policy.hedge_room * second)
         return Choice(best.facts.route, rows, left_ms, predicted, budget, hedge_after, extra=extra, fallback=fallback)
 
-    @staticmethod
-    def _quickest_by_rung(fitting: Sequence[tuple[_Lane, float]]) -> dict[int, float]:
-        quick: dict[int, float] = {}
-        for lane, predicted in fitting:
-            rung = lane.facts.route.rung
-            quick[rung] = min(quick.get(rung, math.inf), predicted)
-        return quick
+    def _preferred(self, fitting: Sequence[tuple[_Lane, float]], left_ms: float, now_s: float) -> tuple[_Lane, float]:
+        if len(fitting) == 1:
+            return fitting[0]
+        may = [found for found in fitting if found[0].open_to(now_s, self._random)] or fitting
+        chosen = may[0]
+        least: tuple[float, bool, float, float] | None = None
+        for found in may:
+            lane, predicted = found
+            reserve = min((ms for other, ms in fitting if other.rung > lane.rung), default=0.0)
+            tight = predicted + self.policy.fallback_room * reserve > left_ms
+            order = (lane.rank[0], tight, lane.rank[1], predicted)
+            if least is None or order < least:
+                chosen, least = found, order
+        return chosen
 
     def _probe(
         self,
@@ -262,7 +272,7 @@ class Router:
         fallback, after = None, 0.0
         if fitting:
             quickest, after = min(fitting, key=_finish)
-            after *= self.policy.fallback_room
+            after *= self.policy.probe_room
             fallback = quickest.facts.route
         budget = left_ms - after
         if budget < min(left_ms / 2.0, self.policy.good * self.policy.slow_ms):
@@ -335,6 +345,7 @@ class _Lane:
 
     def __init__(self, facts: RouteFacts, policy: RouterPolicy) -> None:
         self.facts = facts
+        self.rung = facts.route.rung
         self.in_flight: dict[int, Ticket] = {}
         """Oldest first."""
         self.drained: Drained | None = None
@@ -345,6 +356,8 @@ class _Lane:
             self.rank = (facts.price + policy.loss_price * facts.loss, float(facts.route.rung))
         self._policy = policy
         self._histograms: dict[int, DecayedHistogram] = {}
+        self._known: dict[int, float] = {}
+        """The quantile per size with nobody overdue, until more is learnt."""
         self._learnt_s: float | None = None
         self._failures = 0
         self._calls = 0.0
@@ -357,13 +370,6 @@ class _Lane:
         self._probes = 0
         self._drains = 0
 
-    def preference(
-        self, predicted: float, quick: Mapping[int, float], left_ms: float
-    ) -> tuple[float, bool, float, float]:
-        """Lower is better. `quick`: what the quickest route of each rung that fits is predicted to take."""
-        reserve = min((ms for rung, ms in quick.items() if rung > self.facts.route.rung), default=0.0)
-        return self.rank[0], predicted + self._policy.fallback_room * reserve > left_ms, self.rank[1], predicted
-
     def waiting(self) -> float:
         """How many times longer than alone a call takes that begins now."""
         return max(1.0, (len(self.in_flight) + 1) / self.facts.parallel)
@@ -374,30 +380,39 @@ class _Lane:
 
     def _alone_ms(self, size: int, now_s: float) -> float:
         """The quantile of a call that finds nobody before it; calls out longer than predicted count as endless."""
+        eldest = next(iter(self.in_flight.values()), None)
+        nobody_overdue = eldest is None or (now_s - eldest.began_s) * 1000.0 <= eldest.choice.predicted_ms
+        if nobody_overdue and (known := self._known.get(size)) is not None:
+            return known
         histogram, scale = self._histogram(size)
-        overdue, oldest = 0, 0.0
         samples = 0.0 if histogram is None else histogram.samples
-        spare = 1.0 - self._policy.quantile
-        for ticket in self.in_flight.values():
-            age = (now_s - ticket.began_s) * 1000.0
-            if age <= ticket.choice.predicted_ms:
-                break
-            overdue += 1
-            oldest = max(oldest, age / ticket.waiting)
-            if overdue > 1 and overdue > spare * (samples + overdue):
-                break
+        overdue, longest_ms = (0, 0.0) if nobody_overdue else self._overdue(samples, now_s)
         if histogram is None:
-            alone = 2.0 * oldest if overdue > 1 else self.facts.prior_ms
+            alone = 2.0 * longest_ms if overdue > 1 else self.facts.prior_ms
         else:
-            beyond = spare * (samples + overdue) - overdue
+            beyond = (1.0 - self._policy.quantile) * (samples + overdue) - overdue
             alone = scale * (histogram.quantile(1.0 - max(beyond, 0.0) / samples) or self.facts.prior_ms)
             if beyond <= 0.0 and overdue > 1:
-                alone = max(alone, 2.0 * oldest)
+                alone = max(alone, 2.0 * longest_ms)
         if self.drained is None and alone > self._slow_ms(size):
-            known = 0.0 if histogram is None else histogram.share_over(self._slow_ms(size) / scale) * samples
-            if known + overdue >= self._policy.slow_calls_least:
+            slow = 0.0 if histogram is None else histogram.share_over(self._slow_ms(size) / scale) * samples
+            if slow + overdue >= self._policy.slow_calls_least:
                 self._drain(Drained.SLOW, now_s)
+        if nobody_overdue:
+            self._known[size] = alone
         return alone
+
+    def _overdue(self, samples: float, now_s: float) -> tuple[int, float]:
+        """How many calls are out longer than predicted, up to what makes the quantile endless; and the longest age."""
+        most = max(1.0, (1.0 - self._policy.quantile) / self._policy.quantile * samples)
+        overdue, longest_ms = 0, 0.0
+        for ticket in self.in_flight.values():
+            age_ms = (now_s - ticket.began_s) * 1000.0
+            if age_ms <= ticket.choice.predicted_ms or overdue > most:
+                break
+            overdue += 1
+            longest_ms = max(longest_ms, age_ms / ticket.waiting)
+        return overdue, longest_ms
 
     def _histogram(self, size: int) -> tuple[DecayedHistogram | None, float]:
         """What is known of calls of that size; else of the next size, and how many times longer this one takes."""
@@ -414,6 +429,7 @@ class _Lane:
 
     def learn(self, ticket: Ticket, outcome: Outcome, took_ms: float, now_s: float) -> None:
         """A call has ended."""
+        self._known.clear()
         size = _size(ticket.choice.rows)
         alone_ms = took_ms / ticket.waiting
         if ticket.choice.probe and ticket is self._probe:
@@ -488,6 +504,8 @@ class _Lane:
 
     def open_to(self, now_s: float, random: Callable[[], float]) -> bool:
         """Whether one more request may come: while traffic comes back, only a share may."""
+        if self._back_s is None:
+            return True
         share = self._share(now_s)
         return share >= 1.0 or random() < share
 
