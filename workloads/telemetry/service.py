@@ -33,6 +33,7 @@ from workloads.contract.http import (
 )
 from workloads.telemetry import log
 from workloads.telemetry.metrics import StageMetrics, render
+from workloads.telemetry.wire import Wire
 
 JSON: Final = "application/json"
 MSGPACK: Final = "application/msgpack"
@@ -358,7 +359,7 @@ def run(role: str, site: str, address: str, build: Callable[[], Application]) ->
                 config = uvicorn.Config(
                     service,
                     loop="uvloop",
-                    http="httptools",
+                    http=Wire,
                     ws="none",
                     lifespan="on",
                     log_config=None,
