@@ -1,9 +1,10 @@
 """Who comes in when not all can: a limit on requests in flight that follows latency, and who is turned away first.
 
-The limit is of the gradient kind (Netflix' concurrency-limits, Gradient2): it grows while answers come as fast as they
-used to, and shrinks when they come slower, or slower than their promise. Below it low priority is turned away first,
-high last, and where it is crowded nobody gets more places than an equal share of them. Pure: time and chance come in.
-It does not know what is asked for.
+The limit is of the gradient kind (Netflix' concurrency-limits, Gradient2, in windows): it grows while answers come well
+within their promise and places are used, and shrinks by how much later than that they come. It is held against the
+promise and not against how fast answers used to be: a neighbour that becomes slow is the router's to leave, and no
+reason to turn people away. Low priority is turned away first, high last, and where it is crowded no tenant gets more
+places than an equal share of them. Pure: time and chance come in. It does not know what is asked for.
 """
 
 from __future__ import annotations
@@ -36,19 +37,22 @@ class AdmissionPolicy:
 
     least: int = 8
     most: int = 256
-    start: int = 32
-    target_ms: float = DEADLINE_MS[Endpoint.RECOMMEND]
-    """An answer slower than this shrinks the limit, however slow answers used to be."""
-    tolerance: float = 1.5
-    """Answers may come this much slower than they used to before the limit shrinks."""
-    smoothing: float = 0.2
-    used_to: int = 600
-    """Answers over which "used to" is averaged."""
+    start: int = 64
+    target_ms: float = DEADLINE_MS[Endpoint.RECOMMEND] / 2.0
+    """The limit shrinks while the mean answer takes longer. A queue that is let grow to the limit makes all wait alike,
+    so this is well below the deadline."""
+    window_s: float = 0.1
+    """The limit moves at most so often, by what ended meanwhile."""
+    window_answers: int = 10
+    """And by so many at the least."""
+    smoothing: float = 0.3
+    growth: float = 0.5
+    """Times the limit's root: places added per window before smoothing."""
     places: Mapping[Priority, float] = dataclasses.field(
         default_factory=lambda: {Priority.LOW: 0.7, Priority.NORMAL: 0.9, Priority.HIGH: 1.0}
     )
     """Share of the limit that requests of a priority may fill."""
-    crowded: float = 0.7
+    crowded: float = 0.85
     """Share of a priority's places from which on tenants are held to their shares."""
     retry_after_max_s: int = 30
 
@@ -59,6 +63,7 @@ class Admitted:
 
     tenant: str
     began_s: float
+    """When it arrived."""
     in_flight: int
     """With this one, when it came in."""
     done: bool = False
@@ -81,7 +86,10 @@ class Admission:
         self._policy = policy or AdmissionPolicy()
         self._random = random
         self._limit = float(self._policy.start)
-        self._used_to_ms: float | None = None
+        self._window_s: float | None = None
+        self._ended = 0
+        self._took_ms = 0.0
+        self._fullest = 0
         self._by_tenant: dict[str, int] = {}
         self._pressure = 1.0
         self.in_flight = 0
@@ -92,8 +100,12 @@ class Admission:
         """Requests that may be in flight now."""
         return int(self._limit)
 
-    def admit(self, priority: Priority, tenant: str, now_s: float) -> Admitted | Shed:
-        """A place, or why not. O(1)."""
+    def admit(self, priority: Priority, tenant: str, now_s: float, waited_s: float = 0.0) -> Admitted | Shed:
+        """A place, or why not. O(1).
+
+        `waited_s`: how long the request lay before anybody looked at it, as the event loop's lag says. It is
+        part of what its answer took; without it, an overloaded loop looks half as slow as it is.
+        """
         places = max(1.0, self._limit * self._policy.places[priority])
         if self.in_flight >= places:
             return self._turned_away(ShedReason.OVERLOADED, priority)
@@ -105,7 +117,7 @@ class Admission:
         self._by_tenant[tenant] = mine + 1
         self.in_flight += 1
         self._pressure += 0.01 * (1.0 - self._pressure)
-        return Admitted(tenant, now_s, self.in_flight)
+        return Admitted(tenant, now_s - waited_s, self.in_flight)
 
     def done(self, admitted: Admitted, now_s: float, *, learn: bool = True) -> None:
         """The request has ended; told twice is told once.
@@ -122,22 +134,24 @@ class Admission:
         else:
             del self._by_tenant[admitted.tenant]
         if learn:
-            self._learn(max((now_s - admitted.began_s) * 1000.0, 0.01), admitted.in_flight)
+            self._ended += 1
+            self._took_ms += max(now_s - admitted.began_s, 0.0) * 1000.0
+            self._fullest = max(self._fullest, admitted.in_flight)
+            self._learn(now_s)
 
-    def _learn(self, took_ms: float, in_flight: int) -> None:
+    def _learn(self, now_s: float) -> None:
         policy = self._policy
-        used_to = self._used_to_ms
-        used_to = took_ms if used_to is None else used_to + (took_ms - used_to) / policy.used_to
-        if used_to > 2.0 * took_ms:
-            used_to *= 0.95  # after an overload: what it used to be then is not what it used to be
-        self._used_to_ms = used_to
-        expected = min(policy.tolerance * used_to, policy.target_ms)
-        gradient = min(1.0, max(0.5, expected / took_ms))
-        if gradient == 1.0 and in_flight < self._limit / 2:
-            return  # a limit that nobody comes near says nothing about what could be borne
-        wanted = self._limit * gradient + math.sqrt(self._limit)
-        limit = self._limit + policy.smoothing * (wanted - self._limit)
-        self._limit = min(max(limit, policy.least), policy.most)
+        if self._window_s is None:
+            self._window_s = now_s
+        if self._ended < policy.window_answers or now_s - self._window_s < policy.window_s:
+            return
+        gradient = min(1.0, max(0.5, policy.target_ms * self._ended / max(self._took_ms, 1e-9)))
+        # A limit that nobody came near says nothing about what could be borne.
+        if gradient < 1.0 or self._fullest >= self._limit / 2.0:
+            wanted = self._limit * gradient + policy.growth * math.sqrt(self._limit)
+            limit = self._limit + policy.smoothing * (wanted - self._limit)
+            self._limit = min(max(limit, policy.least), policy.most)
+        self._window_s, self._ended, self._took_ms, self._fullest = now_s, 0, 0.0, 0
 
     def _turned_away(self, reason: ShedReason, priority: Priority) -> Shed:
         self.shed[reason, priority] = self.shed.get((reason, priority), 0) + 1

@@ -89,7 +89,7 @@ class Front:
     """The gateway's own work: one event loop, first come, first served."""
 
     own_ms: float = 0.0
-    """Of a request that came in."""
+    """Of a request that came in: half before the neighbours are asked, half after."""
     door_ms: float = 0.0
     """To read any request and decide about it; all that one costs that is turned away."""
 
@@ -401,14 +401,14 @@ class _Run:
     def _at_the_door(self, request: Request, now_s: float) -> None:
         place = None
         if self._admission is not None:
-            admitted = self._admission.admit(request.priority, request.tenant, now_s)
+            admitted = self._admission.admit(request.priority, request.tenant, now_s, waited_s=now_s - request.at_s)
             if not isinstance(admitted, Admitted):
                 took_ms = (now_s - request.at_s) * 1000.0
                 self._answers.append(Answer(request, took_ms, Rung.TRADITIONAL, NO_SITE, shed=True))
                 return
             place = admitted
         client = _Client(request, place)
-        self._worked_on(self._front.own_ms, now_s, lambda at_s: self._ranks(client, at_s))
+        self._worked_on(self._front.own_ms / 2.0, now_s, lambda at_s: self._ranks(client, at_s))
 
     def _ranks(self, client: _Client, now_s: float) -> None:
         choice = self._policy.choose(client.request.rows, client.left_ms(now_s), now_s)
@@ -463,12 +463,15 @@ class _Run:
 
     def _answered(self, client: _Client, rung: int, site: str, now_s: float) -> None:
         client.done = True
-        took_ms = (now_s - client.request.at_s) * 1000.0
-        self._answers.append(Answer(client.request, took_ms, rung, site))
         for call in client.calls:
             if not call.abandoned:
                 call.abandoned = True
                 self._policy.ended(call.ticket, Outcome.CANCELLED, now_s)
+        self._worked_on(self._front.own_ms / 2.0, now_s, lambda at_s: self._leaves(client, rung, site, at_s))
+
+    def _leaves(self, client: _Client, rung: int, site: str, now_s: float) -> None:
+        took_ms = (now_s - client.request.at_s) * 1000.0
+        self._answers.append(Answer(client.request, took_ms, rung, site))
         if self._admission is not None and client.place is not None:
             self._admission.done(client.place, now_s)
 
