@@ -122,7 +122,7 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     ranked_at: str | None = None
     """Site whose hardware scored them; None as `ranked`."""
     loss: float | None = None
-    """Share of rung 1's NDCG@10 that this rung lost on the bundle's test requests; 0 at rung 1, None if not measured."""
+    """Share of rung 1's NDCG@10 that this rung lost on the bundle's test requests; 0 at rung 1, None if not known."""
     predicted_ms: float | None = None
     """What the router expected ranking to take at its quantile, when it chose; None where it chose nothing."""
 
@@ -248,9 +248,10 @@ class Readiness(msgspec.Struct, frozen=True, kw_only=True):
     faults: dict[str, str] = {}
     """Editions that the site's file names and this gateway could not open, and why; what it served, it serves on."""
     backends: dict[str, BackendState]
-    """`triton`, `retrieval`, `intake`, and at home `profiles`."""
+    """`triton`, `retrieval`, `intake`, at home `profiles`; `student` where the edition has one, `peer` where the site
+    has: the other site's gateway, which lives or not."""
     missing: list[str]
-    """Names of the backends that are down."""
+    """Names of the backends that are down; never `peer`, because a site is whole without the other."""
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -38,6 +38,15 @@ class SiteKind(enum.StrEnum):
     EDGE = "edge"
 
 
+PRICE_PER_1000: Mapping[SiteKind, float] = MappingProxyType(
+    {SiteKind.HOME: 0.02, SiteKind.CLOUD: 0.07, SiteKind.EDGE: 0.02}
+)
+"""Ranking a thousand requests where a site does it itself, in US cents, at 200 a second: a GPU instance at list price,
+a server's power at home. Only order and ratios matter to the router; a deployment gives its own (`--price`)."""
+PRICE_OF_THE_WAY = 0.23
+"""Added where another site ranks them: 26 kB a request at what a cloud bills for traffic out of it."""
+
+
 class SiteClass(enum.StrEnum):
     """What Triton may use there: KIND_GPU fails on a node without one."""
 

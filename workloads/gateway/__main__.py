@@ -2,7 +2,7 @@
 
 It serves what the site's agent writes into the file, and goes on to the next edition without a restart; with
 `--bundle DIR` it serves that one bundle for ever. At home it is given the pseudonym key and the profiles; a cloud site
-must have neither.
+must have neither. With `--peer` it ranks at the other site what this one cannot in time, and lends it as much.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import argparse
 import functools
 import gc
 import os
+import random
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from prometheus_client import Counter
+from prometheus_client import CollectorRegistry, Counter
 
 from workloads.bundle.site import EditionsWatch, SiteDirectory
 from workloads.bundle.store import Bundle, BundleFault, open_bundle
@@ -24,22 +25,29 @@ from workloads.contract.sites import SITES, SiteKind, SiteName, site_name
 from workloads.data.profiles import ProfileStoreError, open_profiles
 from workloads.gateway.app import Gateway
 from workloads.gateway.catalogue_sample import Sampler, UsersFileError, read_users
-from workloads.gateway.doors import HttpIntake, HttpRetrieval, TritonRanker, neighbour
+from workloads.gateway.doors import HttpIntake, HttpRetrieval, neighbour
 from workloads.gateway.editions import Editions, Serving, follow
 from workloads.gateway.identity import CloudEdge, Edge, HomeEdge
 from workloads.gateway.ladder import Reason
 from workloads.gateway.people import People
 from workloads.gateway.pipeline import Pipeline
+from workloads.gateway.ranking import Ranking
+from workloads.gateway.router import Router
+from workloads.gateway.routes import open_rankers, peer_of, price_of, route_facts, tell
 from workloads.gateway.timing import SystemClock
 from workloads.privacy.pseudonym import KeyFileError
 from workloads.privacy.vault import SqliteVault, VaultError
 from workloads.telemetry import log
 from workloads.telemetry.beside import settle
-from workloads.telemetry.metrics import StageMetrics, new_registry
+from workloads.telemetry.metrics import RouteMetrics, StageMetrics, new_registry
 from workloads.telemetry.service import CannotStartError, run
 
 _GC_THRESHOLDS = (20_000, 20, 50)
 """What is loaded lives for ever and is frozen; what a request makes dies without the collector's help."""
+
+
+_MISMATCHES = {Reason.RETRIEVAL_OTHER_BUNDLE: "retrieval", Reason.PEER_OTHER_BUNDLE: "peer"}
+"""Who was met on another edition, as the metric names it."""
 
 
 def main() -> int:
@@ -56,6 +64,15 @@ def main() -> int:
     parser.add_argument("--retrieval", required=True, metavar="URL", help="the site's retrieval service")
     parser.add_argument("--triton", required=True, metavar="HOST:PORT", help="the site's Triton, HTTP")
     parser.add_argument("--intake", required=True, metavar="URL", help="the intake at home")
+    parser.add_argument("--peer", type=peer_of, metavar="NAME=URL", help="the other site, and its gateway")
+    parser.add_argument(
+        "--price",
+        type=price_of,
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="of ranking 1000 requests at a site, the way there included; any unit",
+    )
     parser.add_argument("--profiles", metavar="WHERE", help="home only: profiles.sqlite, or redis://host:port/db")
     parser.add_argument("--vault", type=Path, metavar="PATH", help="home only: vault.sqlite, keys in key/ beside it")
     parser.add_argument("--users-sample", type=Path, metavar="PATH", help="home only: users-sample.json")
@@ -64,9 +81,19 @@ def main() -> int:
         parser.error(f"--site-kind: say what kind of site {options.site} is")
     known = options.site_kind is None
     kind = SITES[SiteName(options.site)].kind if known else SiteKind(options.site_kind)
-    if fault := _home_fault(kind, options):
+    if fault := _home_fault(kind, options) or _peer_fault(options):
         parser.error(fault)
-    return run("gateway", options.site, options.listen, lambda: _build(options))
+    return run("gateway", options.site, options.listen, lambda: _build(options, kind))
+
+
+def _peer_fault(options: argparse.Namespace) -> str | None:
+    """Why peer and prices do not fit together, or None."""
+    sites = {options.site} | ({options.peer.name} if options.peer else set())
+    if options.peer and options.peer.name == options.site:
+        return f"--peer: {options.site} is this site itself"
+    if strangers := {name for name, _ in options.price} - sites:
+        return f"--price: {', '.join(sorted(strangers))} is neither this site nor its peer"
+    return None
 
 
 def _home_fault(kind: SiteKind, options: argparse.Namespace) -> str | None:
@@ -80,19 +107,34 @@ def _home_fault(kind: SiteKind, options: argparse.Namespace) -> str | None:
     return None
 
 
-def _build(options: argparse.Namespace) -> Gateway:
+def _fault_counter(registry: CollectorRegistry, routes: RouteMetrics) -> Callable[[Reason], None]:
+    """What counts calls to neighbours that gave no usable answer."""
+    faults = Counter("rankbridge_neighbour_faults", "Calls that gave no usable answer", ("reason",), registry=registry)
+    children = {reason: faults.labels(reason.value) for reason in Reason}
+
+    def count(reason: Reason) -> None:
+        children[reason].inc()
+        if reason in _MISMATCHES:
+            routes.mismatch(_MISMATCHES[reason])
+
+    return count
+
+
+def _build(options: argparse.Namespace, kind: SiteKind) -> Gateway:
     """Open everything. Raises CannotStartError."""
     metrics = StageMetrics(new_registry())
-    faults = Counter(
-        "rankbridge_neighbour_faults", "Calls that gave no usable answer", ("reason",), registry=metrics.registry
-    )
+    routes = RouteMetrics(metrics.registry)
     dropped = Counter(
         "rankbridge_context_dropped",
         "Entries of events' contexts that the contract does not name",
         registry=metrics.registry,
     )
-    children = {reason: faults.labels(reason.value) for reason in Reason}
+    on_fault = _fault_counter(metrics.registry, routes)
     clock = SystemClock()
+    facts = route_facts(options.site, kind, options.peer, dict(options.price))
+    router = Router(facts, random=random.random)
+    tell(router, clock, metrics.registry)
+
     try:
         neighbour(options.triton)
         retrieval, intake = HttpRetrieval(options.retrieval), HttpIntake(options.intake)
@@ -110,20 +152,27 @@ def _build(options: argparse.Namespace) -> Gateway:
         raise CannotStartError(str(error), "correct the address") from None
 
     def serve(bundle: Bundle, delta: int) -> Serving:
-        ranker = TritonRanker(options.triton, bundle.id)
+        edition = Edition(bundle=bundle.id, delta=delta)
+        ranking = Ranking(
+            site=options.site,
+            router=router,
+            doors=open_rankers(options.site, options.triton, options.peer, bundle, edition),
+            clock=clock,
+            on_fault=on_fault,
+            watch=routes,
+        )
         pipeline = Pipeline(
             site=options.site,
             bundle=bundle,
             delta=delta,
-            ranker=ranker,
+            ranking=ranking,
             retrieval=retrieval,
             people=people,
             clock=clock,
-            on_fault=lambda reason: children[reason].inc(),
+            on_fault=on_fault,
         )
         pipeline.warm_up()
-        sampler = Sampler(bundle, users, pipeline.best_rung)
-        return Serving(Edition(bundle=bundle.id, delta=delta), pipeline, ranker, sampler)
+        return Serving(edition, pipeline, Sampler(bundle, users, pipeline.best_rung))
 
     first: Serving | None = None
     following: Callable[[], Awaitable[None]] | None = None
@@ -132,6 +181,8 @@ def _build(options: argparse.Namespace) -> Gateway:
             first = serve(open_bundle(options.bundle), 0)
         except BundleFault as error:
             raise CannotStartError(str(error), error.remedy) from None
+        except ValueError as error:
+            raise CannotStartError(str(error), "export the bundle again") from None
     editions = Editions(metrics.registry, first)
     if options.editions is not None:
         directory = SiteDirectory(options.editions.absolute().parent)
@@ -151,6 +202,7 @@ def _build(options: argparse.Namespace) -> Gateway:
         metrics=metrics,
         follow=following,
         clock=clock,
+        routes=routes,
     )
     settle()
     gc.set_threshold(*_GC_THRESHOLDS)

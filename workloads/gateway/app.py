@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import functools
+import random
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
@@ -31,12 +34,17 @@ from workloads.contract.http import (
     PATH_METRICS,
     PATH_OPENAPI,
     PATH_PROFILE,
+    PATH_RANK,
     PATH_READY,
     PATH_SAMPLE,
+    PRIORITY_HEADER,
     REQUEST_ID_HEADER,
     REQUEST_ID_PATTERN,
+    RUNG_HEADER,
     SAMPLE_DEFAULT,
     SAMPLE_MAX,
+    TENANT_HEADER,
+    TENANT_PATTERN,
     EventsRequest,
     ItemsAnswer,
     RankedItem,
@@ -46,16 +54,20 @@ from workloads.contract.http import (
     Served,
     SimilarRequest,
 )
-from workloads.contract.slo import DEADLINE_MS, Endpoint
+from workloads.contract.slo import DEADLINE_MS, STAGE_P99_MS, Endpoint, Priority, Rung, Stage
 from workloads.gateway import openapi, problems
+from workloads.gateway.admission import Admission, AdmissionPolicy, Admitted, Shed, ShedReason
 from workloads.gateway.doors import Intake, IntakeBusy, IntakeFault, Ranker, Retrieval
 from workloads.gateway.editions import Editions, Serving
 from workloads.gateway.identity import Edge, Forgetting
+from workloads.gateway.ladder import Reason
+from workloads.gateway.lending import Lending
 from workloads.gateway.people import People
+from workloads.gateway.pipeline import ANY, Wish
 from workloads.gateway.problems import Refused
-from workloads.gateway.timing import Clock, SystemClock, Timer
+from workloads.gateway.timing import Clock, LoopLag, SystemClock, Timer
 from workloads.telemetry import log
-from workloads.telemetry.metrics import StageMetrics, render
+from workloads.telemetry.metrics import ReadWhenScraped, RouteMetrics, StageMetrics, render
 
 Scope = Mapping[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -63,8 +75,13 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 Header = tuple[bytes, bytes]
 
 IN_FLIGHT_MAX: Final = 128
-"""Requests of one endpoint served at once; at a service time of 10 ms that is far beyond what one process can do.
-Each has places of its own: events that wait for a slow disk must not take them from answers."""
+"""Requests served at once at the very most; at a service time of 10 ms that is far beyond what one process can do.
+Answers share an adaptive limit below it. Events have as many places of their own: those that wait for a slow disk must
+not take them from answers."""
+STUDENT_FROM: Final = 0.6
+"""With this share of the limit in flight a request is not ranked beyond this process: it leaves its place sooner."""
+TABLES_FROM: Final = 0.8
+"""With this share it is answered from the tables, which costs about what a refusal does, and is an answer."""
 BODY_WAIT_S: Final = 5.0
 """How long a body may take to arrive after its headers."""
 DRAIN_BYTES: Final = 4 * 1024 * 1024
@@ -75,6 +92,15 @@ EVENTS_WAIT_MS: Final = 2000.0
 
 _DEADLINE: Final = DEADLINE_HEADER.lower().encode()
 _REQUEST_ID: Final = REQUEST_ID_HEADER.lower().encode()
+_PRIORITY: Final = PRIORITY_HEADER.lower().encode()
+_TENANT: Final = TENANT_HEADER.lower().encode()
+_RUNG: Final = RUNG_HEADER.lower().encode()
+_PRIORITIES: Final = {priority.value.encode(): priority for priority in Priority}
+_TENANT_FORM: Final = re.compile(TENANT_PATTERN.encode())
+_ASKED: Final = {b"%d" % rung: Wish(rung, Reason.ASKED) if rung > min(Rung) else ANY for rung in Rung}
+_TO_STUDENT: Final = Wish(Rung.DISTILLED_RANKER, Reason.OVERLOAD)
+_TO_TABLES: Final = Wish(Rung.TRADITIONAL, Reason.OVERLOAD)
+_MSGPACK: Final = (b"content-type", b"application/msgpack")
 _REQUEST_ID_FORM: Final = re.compile(REQUEST_ID_PATTERN.encode())
 _PROFILE: Final = re.compile(re.escape(PATH_PROFILE).replace(r"\{id\}", "(.*)"), re.DOTALL)
 _ID: Final = re.compile(ID_PATTERN)
@@ -94,12 +120,21 @@ class Call(NamedTuple):
     body: bytes
     serving: Serving | None
     """The edition that it began on and is answered from, whatever becomes current meanwhile; None: there is none."""
+    wish: Wish = ANY
 
     def edition(self) -> Serving:
         """`serving`. Raises Refused when nothing is served yet."""
         if self.serving is None:
             raise problems.no_edition()
         return self.serving
+
+
+class Aside(NamedTuple):
+    """What the headers say of a request beside its deadline."""
+
+    priority: Priority = Priority.NORMAL
+    tenant: str = "default"
+    wish: Wish = ANY
 
 
 class Response(NamedTuple):
@@ -129,6 +164,7 @@ class Gateway:
         follow: Callable[[], Awaitable[None]] | None = None,
         forgetting: Forgetting | None = None,
         clock: Clock | None = None,
+        routes: RouteMetrics | None = None,
         in_flight_max: int = IN_FLIGHT_MAX,
     ) -> None:
         self._site = site
@@ -141,7 +177,24 @@ class Gateway:
         self._metrics = metrics
         self._follow = follow
         self._clock: Clock = clock or SystemClock()
+        self._routes = routes or RouteMetrics(metrics.registry)
         self._in_flight_max = in_flight_max
+        usual = AdmissionPolicy()
+        policy = dataclasses.replace(
+            usual, least=min(usual.least, in_flight_max), start=min(usual.start, in_flight_max), most=in_flight_max
+        )
+        self._admission = Admission(policy, random=random.random)
+        self._lag = LoopLag()
+        self._lending = Lending(site, self._routes)
+        limits = {"answers": self._admission, "lending": self._lending.admission}
+        metrics.registry.register(
+            ReadWhenScraped(
+                "rankbridge_limit",
+                "Requests that may be in flight now",
+                ("of",),
+                lambda: [((name,), admission.limit) for name, admission in limits.items()],
+            )
+        )
         self._running = False
         self._description = b""
         self._decode_recommend = msgspec.json.Decoder(RecommendRequest).decode
@@ -154,7 +207,7 @@ class Gateway:
             Endpoint.SIMILAR.value: (Endpoint.SIMILAR, self._similar),
             Endpoint.EVENTS.value: (Endpoint.EVENTS, self._events),
         }
-        self._in_flight = dict.fromkeys(self._posts, 0)
+        self._events_in_flight = 0
         self._gets: dict[str, Callable[[Scope], Awaitable[Response]]] = {
             PATH_SAMPLE: self._sample,
             PATH_HEALTH: self._health,
@@ -174,10 +227,12 @@ class Gateway:
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
         self._running = True
+        self._lag.start()
         following = None if self._follow is None else asyncio.ensure_future(self._follow())
         await send({"type": "lifespan.startup.complete"})
         await receive()
         self._running = False
+        self._lag.stop()
         if following is not None:
             following.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -196,6 +251,8 @@ class Gateway:
         try:
             if scope["method"] == "POST" and path in self._posts:
                 response = await self._post(path, headers, request_id, receive)
+            elif path == PATH_RANK and scope["method"] == "POST":
+                response = await self._rank(headers, receive)
             elif (person := _PROFILE.fullmatch(path)) is not None:
                 response = await self._profile(scope, request_id, person[1])
             else:
@@ -217,7 +274,7 @@ class Gateway:
 
     def _label(self, path: str) -> str:
         """The path as a metric's label: those that are not ours would be as many series as a stranger likes."""
-        if path in self._posts or path in self._gets:
+        if path in self._posts or path in self._gets or path == PATH_RANK:
             return path
         return PATH_PROFILE if _PROFILE.fullmatch(path) is not None else "other"
 
@@ -234,33 +291,96 @@ class Gateway:
     async def _post(self, path: str, headers: dict[bytes, bytes], request_id: str, receive: Receive) -> Response:
         endpoint, answer = self._posts[path]
         deadline_ms = _deadline_ms(headers, endpoint)
+        aside = _aside(headers)
         _check_media_type(headers)
+        if endpoint is Endpoint.EVENTS:
+            return await self._events_post(deadline_ms, request_id, await _body(headers, receive))
+        admission, now_s = self._admission, self._clock.now_s
+        if self._crowded(STUDENT_FROM):
+            # Before the body is read: what is turned away should cost nothing. The place is not kept until the body is
+            # in, for who sends slowly takes none from those who are being served.
+            place = admission.admit(aside.priority, aside.tenant, now_s())
+            if isinstance(place, Shed):
+                return self._turned_away(place, aside.priority)
+            admission.done(place, now_s(), learn=False)
         body = await _body(headers, receive)
-        # Counted from here: who sends slowly takes no place from those who are being served.
-        if self._in_flight[path] >= self._in_flight_max:
-            raise problems.overloaded()
-        self._in_flight[path] += 1
-        serving = self._editions.current
-        call = Call(endpoint, request_id, Timer(self._clock, deadline_ms), body, serving)
+        place = admission.admit(aside.priority, aside.tenant, now_s(), self._lag.lag_s)
+        if isinstance(place, Shed):
+            return self._turned_away(place, aside.priority)
+        serving, wish = self._editions.current, self._bearable(place, aside.wish)
+        call = Call(endpoint, request_id, Timer(self._clock, deadline_ms), body, serving, wish)
+        learn = False
         try:
             with self._metrics.in_flight(path), self._editions.on(serving):
-                return await answer(call)
+                response = await answer(call)
+            learn = aside.wish is ANY  # who wants less than could be had says nothing of what can be borne
         finally:
-            self._in_flight[path] -= 1
+            admission.done(place, now_s(), learn=learn)
+        return response
+
+    async def _events_post(self, deadline_ms: float, request_id: str, body: bytes) -> Response:
+        """Events, whose body is in: who sends slowly takes no place from those who are being served."""
+        if self._events_in_flight >= self._in_flight_max:
+            raise problems.overloaded()
+        self._events_in_flight += 1
+        try:
+            with self._metrics.in_flight(Endpoint.EVENTS.value):
+                return await self._events(
+                    Call(Endpoint.EVENTS, request_id, Timer(self._clock, deadline_ms), body, None)
+                )
+        finally:
+            self._events_in_flight -= 1
+
+    def _crowded(self, share: float) -> bool:
+        """Whether so much of what can be borne is in flight."""
+        return self._admission.in_flight >= share * self._admission.limit
+
+    def _bearable(self, place: Admitted, wish: Wish) -> Wish:
+        """The rung that there is room for: before anybody is refused, all are answered from lower ones."""
+        before = place.in_flight - 1
+        limit = self._admission.limit
+        if before < STUDENT_FROM * limit:
+            return wish
+        lowered = _TO_STUDENT if before < TABLES_FROM * limit else _TO_TABLES
+        return max(wish, lowered, key=_rung_of)
+
+    def _turned_away(self, shed: Shed, priority: Priority) -> Response:
+        self._routes.shed(shed.reason.value, priority.value)
+        return _refusal(shed.reason, shed.retry_after_s)
+
+    async def _rank(self, headers: dict[bytes, bytes], receive: Receive) -> Response:
+        """Scores for the other site's gateway."""
+        if headers.get(b"content-type") != _MSGPACK[1]:
+            raise problems.not_message_pack()
+        deadline_ms = _deadline_of(headers, STAGE_P99_MS[Stage.RANK])
+        lending, now_s = self._lending, self._clock.now_s
+        body = await _body(headers, receive)
+        serving = self._editions.current
+        if serving is None:
+            raise problems.no_edition()
+        place = lending.enter(now_s(), crowded=self._crowded(STUDENT_FROM))
+        learn = False
+        try:
+            with self._metrics.in_flight(PATH_RANK), self._editions.on(serving):
+                answer = await lending.answer(body, serving, Timer(self._clock, deadline_ms))
+            learn = True
+        finally:
+            lending.admission.done(place, now_s(), learn=learn)
+        return Response(answer, (_MSGPACK,))
 
     async def _recommend(self, call: Call) -> Response:
         message = _decoded(self._decode_recommend, call.body)
         user = None if message.user is None else self._edge.user(message.user, "$.user")
-        return self._items(call, *await call.edition().pipeline.recommend(message, user, call.timer))
+        return self._items(call, *await call.edition().pipeline.recommend(message, user, call.timer, call.wish))
 
     async def _search(self, call: Call) -> Response:
         message = _decoded(self._decode_search, call.body)
         user = None if message.user is None else self._edge.user(message.user, "$.user")
-        return self._items(call, *await call.edition().pipeline.search(message, user, call.timer))
+        return self._items(call, *await call.edition().pipeline.search(message, user, call.timer, call.wish))
 
     async def _similar(self, call: Call) -> Response:
         message = _decoded(self._decode_similar, call.body)
-        return self._items(call, *await call.edition().pipeline.similar(message, call.timer))
+        return self._items(call, *await call.edition().pipeline.similar(message, call.timer, call.wish))
 
     def _items(self, call: Call, items: list[RankedItem], served: Served) -> Response:
         """The answer, counted and with its times."""
@@ -326,7 +446,9 @@ class Gateway:
 
     async def _ready(self, _: Scope) -> Response:
         serving = self._editions.current
-        asked: dict[str, Ranker | Retrieval | Intake] = {} if serving is None else {"triton": serving.ranker}
+        asked: dict[str, Ranker | Retrieval | Intake] = {}
+        if serving is not None:
+            asked |= serving.pipeline.ranking.backends
         asked |= {"retrieval": self._retrieval, "intake": self._intake}
         states = await asyncio.gather(*(door.state() for door in asked.values()))
         backends = dict(zip(asked, states, strict=True))
@@ -341,7 +463,7 @@ class Gateway:
             revision=self._editions.revision,
             faults=self._editions.faults,
             backends=backends,
-            missing=[name for name, state in backends.items() if not state.up],
+            missing=[name for name, state in backends.items() if not state.up and name != "peer"],
         )
         return Response(_encode(readiness), status=200 if readiness.ready else 503)
 
@@ -367,6 +489,9 @@ class Gateway:
                 (b"x-content-type-options", b"nosniff"),
             ),
         )
+
+
+_USUAL: Final = Aside()
 
 
 class _Gone(Exception):  # noqa: N818 - no fault of anybody's
@@ -420,12 +545,46 @@ def _decoded(decode: Callable[[bytes], Any], body: bytes) -> Any:  # noqa: ANN40
 
 
 def _deadline_ms(headers: Mapping[bytes, bytes], endpoint: Endpoint) -> float:
+    return _deadline_of(headers, EVENTS_WAIT_MS if endpoint is Endpoint.EVENTS else DEADLINE_MS[endpoint])
+
+
+def _deadline_of(headers: Mapping[bytes, bytes], otherwise_ms: float) -> float:
     given = headers.get(_DEADLINE)
     if given is None:
-        return EVENTS_WAIT_MS if endpoint is Endpoint.EVENTS else DEADLINE_MS[endpoint]
+        return otherwise_ms
     if _NUMBER.fullmatch(given) is None or not DEADLINE_MIN_MS <= float(given) <= DEADLINE_MAX_MS:
         raise problems.bad_deadline()
     return float(given)
+
+
+def _aside(headers: Mapping[bytes, bytes]) -> Aside:
+    """Priority, tenant and rung. Raises Refused for what is none."""
+    priority, tenant, rung = headers.get(_PRIORITY), headers.get(_TENANT), headers.get(_RUNG)
+    if priority is None and tenant is None and rung is None:
+        return _USUAL
+    if priority is not None and priority not in _PRIORITIES:
+        raise problems.bad_priority()
+    if tenant is not None and _TENANT_FORM.fullmatch(tenant) is None:
+        raise problems.bad_tenant()
+    if rung is not None and rung not in _ASKED:
+        raise problems.bad_rung()
+    return Aside(
+        Priority.NORMAL if priority is None else _PRIORITIES[priority],
+        _USUAL.tenant if tenant is None else tenant.decode("ascii"),
+        ANY if rung is None else _ASKED[rung],
+    )
+
+
+def _rung_of(wish: Wish) -> int:
+    return wish.rung
+
+
+@functools.cache
+def _refusal(reason: ShedReason, retry_after_s: int) -> Response:
+    """A refusal for want of room, made once: a gateway that is crowded has no time to make each anew."""
+    if reason is ShedReason.TENANT_SHARE:
+        return _problem(problems.over_share(retry_after_s))
+    return _problem(problems.overloaded(retry_after_s))
 
 
 def _check_media_type(headers: Mapping[bytes, bytes]) -> None:

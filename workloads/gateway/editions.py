@@ -18,7 +18,6 @@ from workloads.bundle.site import LOOK_EVERY_S, EditionsFault, EditionsWatch
 from workloads.bundle.store import BundleFault
 from workloads.contract.editions import Edition
 from workloads.gateway.catalogue_sample import Sampler
-from workloads.gateway.doors import Ranker
 from workloads.gateway.pipeline import Pipeline
 from workloads.telemetry import log
 from workloads.telemetry.beside import beside, settle
@@ -32,10 +31,9 @@ _logger = log.get(component="editions")
 class Serving:
     """One edition as this gateway answers from it, and how many requests are on it."""
 
-    def __init__(self, edition: Edition, pipeline: Pipeline, ranker: Ranker, sampler: Sampler) -> None:
+    def __init__(self, edition: Edition, pipeline: Pipeline, sampler: Sampler) -> None:
         self.edition = edition
         self.pipeline = pipeline
-        self.ranker = ranker
         self.sampler = sampler
         self.in_flight = 0
 
@@ -95,14 +93,14 @@ class Editions:
     def _close(self, serving: Serving) -> None:
         """Give back what an edition alone has; profiles, retrieval and intake are the gateway's."""
         self._leaving.remove(serving)
-        task = asyncio.get_running_loop().create_task(serving.ranker.close())
+        task = asyncio.get_running_loop().create_task(serving.pipeline.ranking.close())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
     async def close(self) -> None:
         """The server stops: close what is left."""
         left = [*self._leaving, *([self.current] if self.current is not None else [])]
-        await asyncio.gather(*(serving.ranker.close() for serving in left))
+        await asyncio.gather(*(serving.pipeline.ranking.close() for serving in left))
 
 
 async def follow(

@@ -1,7 +1,8 @@
 """One request from what is known of a user to a list of items: features, candidates, rank, rules.
 
 Each stage is timed and has its share of the deadline. What is late, lost or wrong costs a rung and
-never the answer: the ranker's order, else the retrieval's, else the traditional recommender's. Users
+never the answer: a ranker's order (`ranking`), else the retrieval's, else the traditional recommender's. What that
+proposes is ranked by nobody: it has none of the retrieval's scores, which rankers learned to read. Users
 come in as pseudonyms. HTTP, JSON and raw ids are not known here.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,13 +26,14 @@ from workloads.contract.http import (
     Served,
     SimilarRequest,
 )
+from workloads.contract.quality import Protocol
 from workloads.contract.slo import CANDIDATES_RANKED, Endpoint, Rung, Stage
 from workloads.contract.tensors import PAD
 from workloads.data.definitions import Touch
 from workloads.data.features import ItemTables, UserState, rank_features
 from workloads.data.fusion import Candidates
 from workloads.gateway import rules
-from workloads.gateway.doors import DoorFault, Ranker, Retrieval
+from workloads.gateway.doors import DoorFault, Retrieval
 from workloads.gateway.ladder import (
     BEST_RUNG,
     WORTH_TRYING_MS,
@@ -44,6 +46,7 @@ from workloads.gateway.ladder import (
     ranks,
 )
 from workloads.gateway.people import Known, People
+from workloads.gateway.ranking import Ranked, Ranking
 from workloads.gateway.timing import Clock, Timer
 from workloads.gateway.traditional import Traditional
 from workloads.telemetry import log
@@ -56,6 +59,17 @@ SPARE: Final = 2
 
 _nobody: Final = np.empty(0, dtype=np.int32)
 _logger = log.get(component="pipeline")
+
+
+class Wish(NamedTuple):
+    """No better rung than this is wanted, and why."""
+
+    rung: int = Rung.FULL_RANKER
+    reason: Reason | None = None
+
+
+_PLAIN: Final = Wish(Rung.TRADITIONAL, Reason.ASKED)
+ANY: Final = Wish()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +87,9 @@ class Question:
     query: str | None = None
     varied: bool = False
     """Whether one category may not fill the answer."""
-    asked_plain: bool = False
-    """The client wants no model."""
+    wish: Wish = ANY
+    protocol: Protocol | None = None
+    """By which the loss of a rung is measured; None where it is not."""
     unknown: Reason | None = None
     """Why the state lacks a profile that there may be."""
 
@@ -88,6 +103,8 @@ class Course:
     rung: int
     reason: Reason | None
     ranked: int | None = None
+    ranked_at: str | None = None
+    predicted_ms: float | None = None
 
 
 class Pipeline:
@@ -99,14 +116,14 @@ class Pipeline:
         site: str,
         bundle: Bundle,
         delta: int = 0,
-        ranker: Ranker,
+        ranking: Ranking,
         retrieval: Retrieval,
         people: People | None,
         clock: Clock,
         best_rung: Mapping[str, int] = BEST_RUNG,
         on_fault: Callable[[Reason], None] = lambda _: None,
     ) -> None:
-        """`on_fault` is told of every call to a neighbour that brought no usable answer.
+        """`on_fault` is told of every call to retrieval or profiles that brought no usable answer.
 
         `delta` says how many deltas `bundle` was opened with. Doors and people belong to the application.
         """
@@ -118,14 +135,15 @@ class Pipeline:
         self.best_rung = best_rung
         self._in_stock = self.tables.in_stock != 0
         self._traditional = Traditional(self.tables, bundle.titles)
-        self._ranker, self._ranker_circuit = ranker, Circuit()
+        self.ranking = ranking
+        self._losses = _losses(bundle)
         self._retrieval, self._retrieval_circuit = retrieval, Circuit()
         self._people = people
         self._clock = clock
         self._on_fault = on_fault
 
     async def recommend(
-        self, request: RecommendRequest, user: str | None, timer: Timer
+        self, request: RecommendRequest, user: str | None, timer: Timer, wish: Wish = ANY
     ) -> tuple[list[RankedItem], Served]:
         """`/v1/recommend`. `user` is a pseudonym."""
         index = self.bundle.index
@@ -144,13 +162,16 @@ class Pipeline:
                 exclude=exclude,
                 traditional=lambda: self._traditional.recommend(state),
                 varied=True,
-                asked_plain=not request.use_model,
+                wish=wish if request.use_model else _PLAIN,
+                protocol="repeats" if request.repeats else "novel",
                 unknown=known.reason,
             ),
             timer,
         )
 
-    async def search(self, request: SearchRequest, user: str | None, timer: Timer) -> tuple[list[RankedItem], Served]:
+    async def search(
+        self, request: SearchRequest, user: str | None, timer: Timer, wish: Wish = ANY
+    ) -> tuple[list[RankedItem], Served]:
         """`/v1/search`. `user` is a pseudonym."""
         # Taste plays a part only where the ranker does: the order of retrieval is the query's alone.
         known = await self._known(user if ranks(self.best_rung[Endpoint.SEARCH]) else None)
@@ -164,12 +185,14 @@ class Pipeline:
                 exclude=_nobody,
                 traditional=lambda: self._traditional.search(request.query),
                 query=request.query,
+                wish=wish,
+                protocol="search",
                 unknown=known.reason,
             ),
             timer,
         )
 
-    async def similar(self, request: SimilarRequest, timer: Timer) -> tuple[list[RankedItem], Served]:
+    async def similar(self, request: SimilarRequest, timer: Timer, wish: Wish = ANY) -> tuple[list[RankedItem], Served]:
         """`/v1/similar`."""
         item = self.bundle.index.get(request.item, PAD)
         state = self._state((), (request.item,))
@@ -181,6 +204,7 @@ class Pipeline:
                 state=state,
                 exclude=np.array([item], dtype=np.int32) if item else _nobody,
                 traditional=lambda: self._traditional.similar(item),
+                wish=wish,
             ),
             timer,
         )
@@ -224,35 +248,54 @@ class Pipeline:
             stages_ms={stage: round(spent, 3) for stage, spent in timer.stages_ms.items()},
             reason=None if reason is None else reason.value,
             ranked=course.ranked,
+            ranked_at=course.ranked_at,
+            loss=self._losses.get((question.protocol, course.rung)),
+            predicted_ms=course.predicted_ms,
         )
         return items, served
 
     async def _course(self, question: Question, timer: Timer) -> Course:
         """Down the ladder until something answers; the last rung always does."""
-        best = self.best_rung[question.endpoint]
+        best, wish = self.best_rung[question.endpoint], question.wish
+        aim = max(best, wish.rung)
+        lowered = wish.reason if aim > best else None
         timer.lap(Stage.FEATURES)
-        if question.asked_plain:
-            return self._plain(question, timer, Reason.ASKED)
+        if aim >= Rung.TRADITIONAL:
+            return self._plain(question, timer, lowered)
         try:
-            candidates = await self._candidates(question, timer, ranked_after=ranks(best))
+            candidates = await self._candidates(question, timer, ranked_after=ranks(aim))
         except DoorFault as fault:
             return self._plain(question, timer, fault.reason)
         finally:
             timer.lap(Stage.CANDIDATES)
-        if not ranks(best):
-            return Course(candidates, candidates.scores, best, None)
+        if not ranks(aim):
+            return Course(candidates, candidates.scores, aim, lowered)
         sparse, dense = rank_features(question.state, candidates, self.tables, self.bundle.features)
         timer.lap(Stage.FEATURES)
         try:
-            probabilities = await self._rank(sparse, dense, timer)
+            left_ms = rank_budget_ms(timer.deadline_ms, timer.spent_ms())
+            ranked = await self.ranking.rank(sparse, dense, left_ms, aim)
         except DoorFault as fault:
-            return Course(candidates, candidates.scores, Rung.RETRIEVAL_SCORE, fault.reason)
+            return Course(candidates, candidates.scores, Rung.RETRIEVAL_SCORE, lowered or fault.reason)
         finally:
             timer.lap(Stage.RANK)
-        order = np.argsort(-probabilities, kind="stable")
-        return Course(_ordered(candidates, order), probabilities[order], best, None, len(order))
+        return self._in_order(candidates, ranked, lowered)
 
-    def _plain(self, question: Question, timer: Timer, reason: Reason) -> Course:
+    def _in_order(self, candidates: Candidates, ranked: Ranked, lowered: Reason | None) -> Course:
+        """The candidates by the scores of a ranker."""
+        probabilities, route = ranked.probabilities, ranked.route
+        order = np.argsort(-probabilities, kind="stable")
+        return Course(
+            _ordered(candidates, order),
+            probabilities[order],
+            route.rung,
+            ranked.reason or lowered,
+            ranked=len(order),
+            ranked_at=route.site,
+            predicted_ms=round(ranked.predicted_ms, 3),
+        )
+
+    def _plain(self, question: Question, timer: Timer, reason: Reason | None) -> Course:
         candidates = question.traditional()
         timer.lap(Stage.CANDIDATES)
         return Course(candidates, candidates.scores, Rung.TRADITIONAL, reason)
@@ -278,7 +321,7 @@ class Pipeline:
             answer = await self._retrieval.candidates(query, budget_ms / 1000.0)
             candidates = self._usable(answer)
         except DoorFault as fault:
-            self._failed(self._retrieval_circuit, given, fault, Stage.CANDIDATES, budget_ms)
+            self._failed(self._retrieval_circuit, given, fault, budget_ms)
             raise
         except BaseException:
             self._retrieval_circuit.abandoned(given)
@@ -289,24 +332,6 @@ class Pipeline:
             raise DoorFault(Reason.RETRIEVAL_EMPTY, "retrieval found nothing")
         return candidates
 
-    async def _rank(
-        self, sparse: npt.NDArray[np.int64], dense: npt.NDArray[np.float32], timer: Timer
-    ) -> npt.NDArray[np.float32]:
-        """The ranker's probabilities, one call for all candidates. Raises DoorFault as `_candidates`."""
-        budget_ms = rank_budget_ms(timer.deadline_ms, timer.spent_ms())
-        given = self._leave(self._ranker_circuit, budget_ms)
-        try:
-            probabilities = await self._ranker.probabilities(sparse, dense, budget_ms / 1000.0)
-        except DoorFault as fault:
-            self._failed(self._ranker_circuit, given, fault, Stage.RANK, budget_ms)
-            raise
-        except BaseException:
-            self._ranker_circuit.abandoned(given)
-            raise
-        if self._ranker_circuit.succeeded():
-            _logger.info("the ranker is back")
-        return probabilities
-
     def _leave(self, circuit: Circuit, budget_ms: float) -> Leave:
         """Leave to call. Raises DoorFault when there is no time for it, or the neighbour is known to be lost."""
         if budget_ms < WORTH_TRYING_MS:
@@ -316,10 +341,9 @@ class Pipeline:
             raise DoorFault(circuit.reason or Reason.NO_TIME, "not called while its circuit is open")
         return given
 
-    def _failed(self, circuit: Circuit, given: Leave, fault: DoorFault, stage: Stage, budget_ms: float) -> None:
+    def _failed(self, circuit: Circuit, given: Leave, fault: DoorFault, budget_ms: float) -> None:
         self._on_fault(fault.reason)
-        hasty = fault.reason in {Reason.RANKER_LATE, Reason.RETRIEVAL_LATE} and not counts_as_late(stage, budget_ms)
-        if hasty:
+        if fault.reason is Reason.RETRIEVAL_LATE and not counts_as_late(Stage.CANDIDATES, budget_ms):
             circuit.abandoned(given)
         elif circuit.failed(fault.reason, given, self._clock.now_s()):
             _logger.warning("a neighbour is lost", reason=fault.reason.value, fault=fault.detail)
@@ -374,6 +398,13 @@ class Pipeline:
             last = min(answer[-1].score, 0.0) if answer else 0.0
             answer += [RankedItem(item=ids[item], score=last, source="popular") for item in filled.tolist()]
         return answer
+
+
+def _losses(bundle: Bundle) -> dict[tuple[Protocol | None, int], float]:
+    """What the bundle's maker measured that each rung loses; nothing is lost at rung 1."""
+    quality = bundle.manifest.quality
+    measured = {(row.protocol, row.rung): row.loss for row in quality.rungs}
+    return {**measured, **{(protocol, Rung.FULL_RANKER): 0.0 for protocol, _ in measured}}
 
 
 def _ordered(candidates: Candidates, order: npt.NDArray[np.intp]) -> Candidates:

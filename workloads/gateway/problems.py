@@ -299,6 +299,18 @@ def no_profiles(retry_after_s: int = 1) -> Refused:
     )
 
 
+def over_share(retry_after_s: int) -> Refused:
+    """429: it is crowded, and this tenant has its share."""
+    return refused(
+        429,
+        "over-share",
+        "More than this tenant's share",
+        "the gateway is crowded, and this tenant has as many requests in it as its share is",
+        remedy=f"try again after {retry_after_s} s",
+        headers=((b"retry-after", str(retry_after_s).encode("ascii")),),
+    )
+
+
 def overloaded(retry_after_s: int = 1) -> Refused:
     """503: as many requests as the gateway takes at once are in it."""
     return refused(
@@ -321,6 +333,13 @@ def no_edition(retry_after_s: int = 1) -> Refused:
         remedy=f"try again after {retry_after_s} s; /readyz of the gateway and of the site's agent say what is missing",
         headers=((b"retry-after", str(retry_after_s).encode("ascii")),),
     )
+
+
+def undecodable_rank(error: Exception) -> Refused:
+    """What is wrong with a query for scores: 422 for a field, 400 for no MessagePack at all."""
+    if isinstance(error, msgspec.ValidationError):
+        return _invalid_field(str(error))
+    return refused(400, "not-message-pack", "The body is not MessagePack", str(error), field="$", rule="a RankQuery")
 
 
 def other_edition(asked: str, served: str) -> Refused:

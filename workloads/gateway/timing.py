@@ -1,7 +1,11 @@
-"""The clock's door, and a request's time by it: since it came in, until its deadline, stage by stage."""
+"""The clock's door, and a request's time by it: since it came in, until its deadline, stage by stage.
+
+And how far the event loop is behind: what a request waited before anybody looked at it is in no timer.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Final, Protocol
 
@@ -55,6 +59,32 @@ class FakeClock:
     async def sleep(self, seconds: float) -> None:
         """What a fake neighbour waits by: time passes, and nobody waits."""
         self.run(seconds)
+
+
+class LoopLag:
+    """How late the event loop comes to what is due: a glance every so often, and the latest lateness that it met."""
+
+    EVERY_S: Final = 0.02
+
+    def __init__(self) -> None:
+        self.lag_s = 0.0
+        self._due: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Look from now on; belongs to the running loop."""
+        loop = asyncio.get_running_loop()
+        self._due = loop.call_at(loop.time() + self.EVERY_S, self._look, loop, loop.time() + self.EVERY_S)
+
+    def stop(self) -> None:
+        """Look no more."""
+        if self._due is not None:
+            self._due.cancel()
+        self._due = None
+
+    def _look(self, loop: asyncio.AbstractEventLoop, due_s: float) -> None:
+        now = loop.time()
+        self.lag_s = max(now - due_s, 0.0)
+        self._due = loop.call_at(now + self.EVERY_S, self._look, loop, now + self.EVERY_S)
 
 
 class Timer:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -111,6 +111,93 @@ class StageMetrics:
             yield
         finally:
             child.dec()
+
+
+class RouteMetrics:
+    """What became of calls to rankers, here and at another site, and who was turned away before any.
+
+    Series, all prefixed `rankbridge_`: `route_choices_total{site,rung,reason}`, `route_seconds{site,rung}`,
+    `route_failures_total{site,rung}`, `hedges_total{site}`, `retries_total{site,rung}`,
+    `sheds_total{reason,priority}`, `bundle_mismatch_total{met}`. Labels as in `StageMetrics`.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"rankbridge_{name}", text, labels, registry=registry)
+
+        self._choices = counter("route_choices", "Requests by the ranker that ranked them", "site", "rung", "reason")
+        self._failures = counter("route_failures", "Calls to a ranker without a usable answer", "site", "rung")
+        self._hedges = counter("hedges", "Second calls beside one that was out too long", "site")
+        self._retries = counter("retries", "Calls after one that failed", "site", "rung")
+        self._sheds = counter("sheds", "Requests turned away before any work", "reason", "priority")
+        self._mismatches = counter("bundle_mismatch", "Calls refused for being of another edition", "met")
+        self._seconds = Histogram(
+            "rankbridge_route_seconds",
+            "Time that a ranker took for one call that it answered",
+            ("site", "rung"),
+            registry=registry,
+            buckets=_BUCKETS_S,
+        )
+        self._choice_children: dict[tuple[str, int, str], Counter] = {}
+        self._call_children: dict[tuple[str, int], Histogram] = {}
+
+    def choice(self, site: str, rung: int, reason: str) -> None:
+        """This ranker ranked a request; `reason` is a fixed word, empty at the best rung."""
+        child = self._choice_children.get((site, rung, reason))
+        if child is None:
+            child = self._choice_children[site, rung, reason] = self._choices.labels(site, str(int(rung)), reason)
+        child.inc()
+
+    def call(self, site: str, rung: int, took_ms: float | None) -> None:
+        """One call to a ranker was answered in so many milliseconds; None: it gave nothing that could be used."""
+        if took_ms is None:
+            self._failures.labels(site, str(int(rung))).inc()
+            return
+        child = self._call_children.get((site, rung))
+        if child is None:
+            child = self._call_children[site, rung] = self._seconds.labels(site, str(int(rung)))
+        child.observe(took_ms * MILLISECOND)
+
+    def hedge(self, site: str) -> None:
+        """A second call went to this site beside the first."""
+        self._hedges.labels(site).inc()
+
+    def retry(self, site: str, rung: int) -> None:
+        """After a failure this ranker was tried."""
+        self._retries.labels(site, str(int(rung))).inc()
+
+    def shed(self, reason: str, priority: str) -> None:
+        """A request was turned away."""
+        self._sheds.labels(reason, priority).inc()
+
+    def mismatch(self, met: str) -> None:
+        """Something of another edition was refused; `met` is who sent it, a fixed word."""
+        self._mismatches.labels(met).inc()
+
+
+class ReadWhenScraped(Collector):
+    """One metric whose rows are read when somebody scrapes: what is kept elsewhere is not kept twice.
+
+    `read` gives label values and value of each row. A name that ends in `_total` is a counter, others are gauges.
+    """
+
+    def __init__(
+        self, name: str, text: str, labels: Sequence[str], read: Callable[[], Iterable[tuple[Sequence[str], float]]]
+    ) -> None:
+        self._name, self._text, self._labels, self._read = name, text, labels, read
+
+    def collect(self) -> Iterable[Metric]:
+        """The metric."""
+        kind = CounterMetricFamily if self._name.endswith("_total") else GaugeMetricFamily
+        family = kind(self._name, self._text, labels=self._labels)
+        for labels, value in self._read():
+            family.add_metric(labels, value)
+        yield family
+
+    def describe(self) -> Iterable[Metric]:
+        """Its name, so that a second one of it is refused."""
+        kind = CounterMetricFamily if self._name.endswith("_total") else GaugeMetricFamily
+        yield kind(self._name, self._text, labels=self._labels)
 
 
 class PssCollector(Collector):

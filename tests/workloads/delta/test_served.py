@@ -24,6 +24,7 @@ from workloads.gateway.doors import FakeIntake, Floats, Sparse
 from workloads.gateway.editions import Editions, Serving
 from workloads.gateway.identity import CloudEdge
 from workloads.gateway.pipeline import Pipeline
+from workloads.gateway.ranking import Ranking
 from workloads.gateway.timing import FakeClock
 from workloads.retrieval.retriever import open_retriever
 from workloads.telemetry.metrics import StageMetrics, new_registry
@@ -80,14 +81,14 @@ async def client(bundle: Bundle) -> AsyncIterator[httpx.AsyncClient]:
         site=SiteName.AWS,
         bundle=bundle,
         delta=bundle.delta,
-        ranker=ranker,
+        ranking=Ranking.alone(SiteName.AWS, ranker, clock),
         retrieval=retrieval,
         people=None,
         clock=clock,
     )
     pipeline.warm_up()
     edition = Edition(bundle=bundle.id, delta=bundle.delta)
-    serving = Serving(edition, pipeline, ranker, Sampler(bundle, [], pipeline.best_rung))
+    serving = Serving(edition, pipeline, Sampler(bundle, [], pipeline.best_rung))
     app = Gateway(
         site=SiteName.AWS,
         editions=Editions(metrics.registry, serving),

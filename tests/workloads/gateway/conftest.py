@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 
 from workloads.bundle.fake import CREATED_MS, build_fake_bundle
@@ -22,9 +23,11 @@ from workloads.gateway.identity import CloudEdge, HomeEdge
 from workloads.gateway.ladder import Reason
 from workloads.gateway.people import People
 from workloads.gateway.pipeline import Pipeline
+from workloads.gateway.ranking import Ranking
+from workloads.gateway.router import Route, RouteFacts, Router
 from workloads.gateway.timing import FakeClock
 from workloads.privacy.vault import MemoryVault
-from workloads.telemetry.metrics import StageMetrics, new_registry, render
+from workloads.telemetry.metrics import RouteMetrics, StageMetrics, new_registry, render
 
 ITEMS = 200
 DAY_MS = 86_400_000
@@ -74,6 +77,24 @@ def ranker(clock: FakeClock) -> FakeRanker:
 
 
 @pytest.fixture
+def student(clock: FakeClock) -> FakeRanker:
+    """Prefers low item indices, unlike the ranker."""
+    made = FakeRanker(clock.sleep)
+    made.delay_s = 0.0003
+    made.score = lambda sparse, _: (1.0 / (1.0 + sparse[:, 0])).astype(np.float32)
+    return made
+
+
+@pytest.fixture
+def peer(clock: FakeClock) -> FakeRanker:
+    """The other site's; takes part where a test asks for it."""
+    made = FakeRanker(clock.sleep)
+    made.late = Reason.PEER_LATE
+    made.delay_s = 0.004
+    return made
+
+
+@pytest.fixture
 def retrieval(bundle: Bundle, clock: FakeClock) -> FakeRetrieval:
     """Proposes every item in the order of its index."""
     return FakeRetrieval(bundle.id, range(1, ITEMS + 1), clock.sleep)
@@ -87,6 +108,11 @@ def intake(clock: FakeClock) -> FakeIntake:
 @pytest.fixture
 def metrics() -> StageMetrics:
     return StageMetrics(new_registry())
+
+
+@pytest.fixture
+def routes(metrics: StageMetrics) -> RouteMetrics:
+    return RouteMetrics(metrics.registry)
 
 
 @pytest.fixture
@@ -122,16 +148,35 @@ def make_app(
     retrieval: FakeRetrieval,
     intake: FakeIntake,
     metrics: StageMetrics,
+    routes: RouteMetrics,
     faults: list[Reason],
+    student: FakeRanker,
+    peer: FakeRanker,
 ) -> MakeApp:
-    def make(site: SiteName = SiteName.ONPREM, in_flight_max: int = IN_FLIGHT_MAX) -> Gateway:
+    def make(
+        site: SiteName = SiteName.ONPREM,
+        in_flight_max: int = IN_FLIGHT_MAX,
+        *,
+        with_student: bool = False,
+        with_peer: bool = False,
+    ) -> Gateway:
         home = site is SiteName.ONPREM
+        other = SiteName.AWS if home else SiteName.ONPREM
+        doors = {Route(site, 1): ranker}
+        if with_student:
+            doors[Route(site, 2)] = student
+        if with_peer:
+            doors[Route(other, 1)] = peer
+        router = Router(
+            [RouteFacts(route, price=1.0 if route.site == site else 3.0) for route in doors], random=lambda: 0.5
+        )
+        ranking = Ranking(site=site, router=router, doors=doors, clock=clock, on_fault=faults.append, watch=routes)
         people = People(profiles, clock) if home else None
         at_home = HomeEdge(vault)
         pipeline = Pipeline(
             site=site,
             bundle=bundle,
-            ranker=ranker,
+            ranking=ranking,
             retrieval=retrieval,
             people=people,
             clock=clock,
@@ -140,7 +185,7 @@ def make_app(
         sampler = Sampler(bundle, [user, "raw-user-bob"] if home else [], pipeline.best_rung)
         return Gateway(
             site=site,
-            editions=Editions(metrics.registry, Serving(Edition(bundle=bundle.id), pipeline, ranker, sampler)),
+            editions=Editions(metrics.registry, Serving(Edition(bundle=bundle.id), pipeline, sampler)),
             retrieval=retrieval,
             intake=intake,
             edge=at_home if home else CloudEdge(),
@@ -148,6 +193,7 @@ def make_app(
             forgetting=at_home if home else None,
             metrics=metrics,
             clock=clock,
+            routes=routes,
             in_flight_max=in_flight_max,
         )
 
@@ -169,6 +215,20 @@ async def client(make_app: MakeApp) -> AsyncIterator[httpx.AsyncClient]:
 async def cloud(make_app: MakeApp) -> AsyncIterator[httpx.AsyncClient]:
     """To a gateway in the cloud."""
     async with client_of(make_app(SiteName.AWS)) as made:
+        yield made
+
+
+@pytest.fixture
+async def laddered(make_app: MakeApp) -> AsyncIterator[httpx.AsyncClient]:
+    """To a gateway at home with a student."""
+    async with client_of(make_app(with_student=True)) as made:
+        yield made
+
+
+@pytest.fixture
+async def paired(make_app: MakeApp) -> AsyncIterator[httpx.AsyncClient]:
+    """To a gateway at home with a student and another site."""
+    async with client_of(make_app(with_student=True, with_peer=True)) as made:
         yield made
 
 

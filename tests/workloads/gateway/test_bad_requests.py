@@ -256,6 +256,25 @@ async def test_a_deadline_that_cannot_be_kept_is_refused(client: httpx.AsyncClie
     assert "1 to 60000" in (found.rule or "")
 
 
+@pytest.mark.parametrize(
+    ("header", "given", "rule"),
+    [
+        *(("Rankbridge-Priority", given, "high, normal, low") for given in ("", "urgent", "HIGH", "normal,low")),
+        *(("Rankbridge-Tenant", given, "hyphens") for given in ("", "Shop", "-a", "a" * 33, "a b", "\u00fc", "a\x7f")),
+        *(("Rankbridge-Rung", given, "1 to 4") for given in ("", "0", "5", "-1", "1.0", "01", "two", "9" * 30)),
+    ],
+)
+async def test_a_header_of_ours_that_says_nothing_is_refused_with_its_rule(
+    client: httpx.AsyncClient, header: str, given: str, rule: str
+):
+    for path in ("/v1/recommend", "/v1/events"):
+        answer = await client.post(path, json={}, headers=[(header, given.encode("latin-1"))])
+        found = problem(answer, 400)
+        assert found.field == header
+        assert rule in (found.rule or "")
+        assert found.remedy
+
+
 @pytest.mark.parametrize("size", ["0", "-1", "abc", "1000000000", "1.5", ""])
 async def test_a_sample_of_a_senseless_size_is_refused(client: httpx.AsyncClient, size: str):
     assert problem(await client.get(f"/v1/catalogue/sample?size={size}"), 422).field == "size"

@@ -25,6 +25,7 @@ from workloads.gateway.doors import FakeIntake, FakeRanker, FakeRetrieval
 from workloads.gateway.editions import Editions, Serving, follow
 from workloads.gateway.identity import CloudEdge
 from workloads.gateway.pipeline import Pipeline
+from workloads.gateway.ranking import Ranking
 from workloads.gateway.timing import SystemClock
 from workloads.telemetry.metrics import StageMetrics, new_registry, render
 
@@ -68,12 +69,12 @@ class World:
             site=SiteName.AWS,
             bundle=bundle,
             delta=edition.delta,
-            ranker=self.ranker,
+            ranking=Ranking.alone(SiteName.AWS, self.ranker, SystemClock()),
             retrieval=self.retrieval,
             people=None,
             clock=SystemClock(),
         )
-        return Serving(edition, pipeline, self.ranker, Sampler(bundle, [], pipeline.best_rung))
+        return Serving(edition, pipeline, Sampler(bundle, [], pipeline.best_rung))
 
     def say(self, serve: Edition) -> None:
         self.revision += 1
