@@ -206,6 +206,11 @@ class Plan:
             *("--retrieval", at.url(site, Listener.RETRIEVAL)),
             *("--triton", at.host_port(site, Listener.TRITON_HTTP)),
             *("--intake", at.url(home, Listener.INTAKE)),
+            *(
+                f"--peer={other.name.value}={at.url(other, Listener.GATEWAY)}"
+                for other in SITES.values()
+                if other != site
+            ),
         ]
         if site.is_home:
             arguments += [

@@ -457,8 +457,13 @@ def _missing(body: bytes) -> str | None:
 
 
 def best_rung(readiness: Readiness) -> Rung:
-    """The best rung that a gateway can reach with the neighbours it has now."""
+    """The best rung that a gateway can reach with the neighbours it has now, and with those of the other site.
+
+    Of that one only its gateway's life is known: whether it ranks for others now, an answer says.
+    """
     up = {name for name, one in readiness.backends.items() if one.up}
-    if {"triton", "retrieval"} <= up:
+    if "retrieval" not in up:
+        return Rung.TRADITIONAL
+    if {"triton", "peer"} & up:
         return Rung.FULL_RANKER
-    return Rung.RETRIEVAL_SCORE if "retrieval" in up else Rung.TRADITIONAL
+    return Rung.DISTILLED_RANKER if "student" in up else Rung.RETRIEVAL_SCORE

@@ -108,6 +108,13 @@ def test_a_port_override_holds_at_both_sites_and_for_those_who_call_it(layout: L
         assert f"http://{site.address}:9081" in found[f"{site.name}-gateway"].command
 
 
+def test_each_gateway_is_told_of_the_other_sites_and_of_no_other_process(layout: Layout, triton: Triton):
+    found = processes(layout, triton)
+    for site, other in ((ONPREM, AWS), (AWS, ONPREM)):
+        told = [word for word in found[f"{site.name}-gateway"].command if word.startswith("--peer")]
+        assert told == [f"--peer={other.name}={AddressBook().url(other, Listener.GATEWAY)}"]
+
+
 def test_every_role_has_what_starting_waiting_and_stopping_need():
     for role in Role:
         assert LISTENERS[role]

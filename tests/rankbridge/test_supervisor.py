@@ -180,7 +180,10 @@ def test_the_owner_of_a_state_is_known_to_be_alive_or_gone(supervisor: Superviso
     [
         (set(), Rung.FULL_RANKER),
         ({"intake"}, Rung.FULL_RANKER),
-        ({"triton"}, Rung.RETRIEVAL_SCORE),
+        ({"peer"}, Rung.FULL_RANKER),
+        ({"triton"}, Rung.FULL_RANKER),
+        ({"triton", "peer"}, Rung.DISTILLED_RANKER),
+        ({"triton", "peer", "student"}, Rung.RETRIEVAL_SCORE),
         ({"retrieval"}, Rung.TRADITIONAL),
         ({"triton", "retrieval"}, Rung.TRADITIONAL),
     ],
@@ -188,7 +191,7 @@ def test_the_owner_of_a_state_is_known_to_be_alive_or_gone(supervisor: Superviso
 def test_the_best_rung_follows_from_the_neighbours_that_are_up(down: set[str], rung: Rung):
     backends = {
         name: BackendState(up=name not in down, detail="asked")
-        for name in ("triton", "retrieval", "intake", "profiles")
+        for name in ("triton", "peer", "student", "retrieval", "intake", "profiles")
     }
     readiness = Readiness(ready=True, site="onprem", bundle="0" * 12, backends=backends, missing=sorted(down))
     assert best_rung(readiness) is rung
