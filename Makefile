@@ -9,13 +9,14 @@ PYTHON ?= python3
 DATA ?= simulator
 OUT ?= out
 SITES ?= loopback
+FAULTS ?=
 ARGS ?=
 
 BIN := .venv/bin
 UV := .tools/uv/bin/uv
 PARTS := rankbridge infra policy loadtests workloads tests
 
-.PHONY: help setup rehearse test check format bench lock clean distclean system-tools acceptance
+.PHONY: help setup rehearse faults test check format bench lock clean distclean system-tools acceptance
 
 help: ## this list
 	@echo "usage: make COMMAND [NAME=value ...]"
@@ -30,6 +31,10 @@ setup: ## .tools/ and .venv/ from the locks; nothing is done twice
 rehearse: setup ## data to verdict; DATA=online-retail=PATH OUT=out ARGS="--rate 60 ..."
 	@$(EMULATOR) install --uv $(UV) || echo "going on without LocalStack; what needs it will say so" >&2
 	@$(BIN)/rankbridge rehearse --data "$(DATA)" --out "$(OUT)" --sites "$(SITES)" $(ARGS)
+
+faults: setup ## plant faults under load and judge them; FAULTS=F1,F8 OUT=out ARGS="..."
+	@$(EMULATOR) install --uv $(UV) || echo "going on without LocalStack; what needs it will say so" >&2
+	@$(BIN)/rankbridge faults --faults "$(FAULTS)" --out "$(OUT)" $(ARGS)
 
 test: setup ## every test, real parts too; ARGS="-k name"
 	@$(BIN)/pytest $(ARGS)

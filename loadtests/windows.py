@@ -134,9 +134,12 @@ def on_time_after_s(samples: Iterable[Sample], since_s: float, end_s: float) -> 
 
 
 def goodput_per_s(samples: Iterable[Sample], start_s: float, end_s: float) -> float:
-    """Reads answered in time, a second, of those due in a stretch."""
-    found = between(reads(samples), start_s, end_s)
-    return sum(not is_late(sample) for sample in found) / (end_s - start_s)
+    """Requests a second of those due in a stretch, times the share of its reads that were answered in time."""
+    found = between(samples, start_s, end_s)
+    asked = reads(found)
+    if not asked:
+        return 0.0
+    return len(found) / (end_s - start_s) * sum(not is_late(sample) for sample in asked) / len(asked)
 
 
 def _finite(ordered: Sequence[float], share: float) -> float | None:

@@ -31,6 +31,7 @@ from rankbridge.serving import Serving, Status
 from rankbridge.supervisor import Condition, Owner
 from rankbridge.tables import load_table
 from workloads.contract.sites import HOME, SITES, Listener, SiteName
+from workloads.gateway.simulator import Condition as SimulatedCondition
 
 app = typer.Typer(
     name="rankbridge",
@@ -303,6 +304,30 @@ def load_command(
     raise typer.Exit(ExitCode.OK if judged.passed else ExitCode.VERDICT_FAILED)
 
 
+@app.command(name="faults")
+def faults_command(
+    *,
+    faults: Annotated[
+        str, typer.Option("--faults", metavar="F1,F8", help="Which, by number or id; default: all.")
+    ] = "",
+    cut_seconds: Annotated[float, typer.Option(min=5, help="How long both tunnels are cut (F2).")] = 20.0,
+    out: OutOption = Path("out"),
+    port: PortOption = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of requests and of moments of chance.")] = 1,
+) -> None:
+    """Plant faults under constant load, one after another, and judge each: nothing lost, nothing wrong, in time.
+
+    Serves the newest bundle at both sites for as long as it takes. Ends with 1 when an expectation did not hold.
+
+    Example: `rankbridge faults --faults F2,F8`
+    """
+    from rankbridge.drills import command  # noqa: PLC0415 - as in `rehearse`
+
+    names = [name for name in faults.split(",") if name]
+    passed = command.run(_layout(), names=names, out=out, cut_s=cut_seconds, ports=port or (), seed=seed, console=_out)
+    raise typer.Exit(ExitCode.OK if passed else ExitCode.VERDICT_FAILED)
+
+
 @app.command(name="report")
 def report_command(out: OutOption = Path("out")) -> None:
     """Make report.html anew from an earlier run's verdict.json in --out.
@@ -367,6 +392,51 @@ def bench_command(
     finally:
         with interrupts.shield():
             serving.down()
+
+
+@app.command(name="simulate")
+def simulate_command(
+    *,
+    recorded: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="service-times.json of a bench; default: drawn times.")
+    ] = None,
+    loads: Annotated[
+        str | None, typer.Option(metavar="SHARE,...", help="Loads, as shares of what the home ranker can do.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=5, help="Simulated seconds of each load.")] = 30.0,
+    cloud_price: Annotated[float, typer.Option(min=0, help="Of a call to aws, when one at home costs 1.")] = 5.0,
+    way_ms: Annotated[float, typer.Option("--way-ms", min=0, help="To aws and back.")] = 10.0,
+    fault: Annotated[
+        SimulatedCondition | None, typer.Option(help="What the home ranker suffers in the middle third.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="What all chance comes from.")] = 1,
+    out: OutOption = Path("out"),
+) -> None:
+    """Play the router's policy against round-robin, least-request, power of two and the least cost. Starts nothing.
+
+    Writes simulation.json and simulation.svg to --out.
+
+    Example: `rankbridge simulate --recorded out/service-times.json`
+    """
+    from rankbridge import simulate  # noqa: PLC0415 - as in `rehearse`
+
+    try:
+        shares = tuple(float(load) for load in loads.split(",")) if loads else simulate.LOADS
+    except ValueError:
+        raise DeskError(f"{loads!r} are no loads", "write shares with commas between: 0.3,0.9") from None
+    if not all(0.0 < share <= 10.0 for share in shares):
+        raise DeskError(f"{loads!r}: a load is above 0 and at most 10", "1 is what the home ranker can do")
+    options = simulate.Options(
+        recorded=recorded,
+        loads=shares,
+        seconds=seconds,
+        cloud_price=cloud_price,
+        way_ms=way_ms,
+        fault=fault,
+        seed=seed,
+        out=out,
+    )
+    simulate.run(options, _out)
 
 
 @app.command(name="bench-intake")

@@ -177,22 +177,38 @@ def stages(bars: Sequence[StageBar], *, name: str) -> str:
     return _svg(draw, name=name, height=0.85 + 0.34 * len(bars), width=4.2)
 
 
-def timeline(lines: Sequence[Line], *, warmup_s: float, width: float, name: str) -> str:
-    """A quantile of every endpoint over the run; warm-up is shaded."""
+def timeline(
+    lines: Sequence[Line],
+    *,
+    warmup_s: float,
+    width: float,
+    name: str,
+    fault: tuple[float, float] | None = None,
+    unit: str = "ms",
+) -> str:
+    """Figures over the run; warm-up is shaded, and so is the time of a fault (from, to), in the colour of limits."""
 
     def draw(axes: Axes) -> None:
         for line in lines:
             axes.plot(*zip(*line.points, strict=True), color=line.colour, linewidth=1.5)
         values = sorted(y for line in lines for x, y in line.points if x >= warmup_s) or [1.0]
         axes.set_ylim(0, max(values) * 1.1)
-        _time_axis(axes, lines, warmup_s)
-        _ms_axis(axes)
+        _time_axis(axes, lines, warmup_s, fault)
+        _ms_axis(axes, unit)
 
     return _svg(draw, name=name, height=2.4, width=width)
 
 
-def rung_timeline(slices: Sequence[Slice], *, bin_s: float, warmup_s: float, width: float, name: str) -> str:
-    """Share of answers from each rung over the run."""
+def rung_timeline(
+    slices: Sequence[Slice],
+    *,
+    bin_s: float,
+    warmup_s: float,
+    width: float,
+    name: str,
+    fault: tuple[float, float] | None = None,
+) -> str:
+    """Share of answers from each rung over the run; the time of a fault is between two lines."""
 
     def draw(axes: Axes) -> None:
         counts = {round(s.at / bin_s): s.rungs for s in slices}
@@ -212,6 +228,8 @@ def rung_timeline(slices: Sequence[Slice], *, bin_s: float, warmup_s: float, wid
         axes.yaxis.set_major_locator(FixedLocator([0, 50, 100]))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g} %"))
         _time_axis(axes, [Line("", [(edges[-1], 0.0)], INK)], warmup_s)
+        for at in fault or ():
+            axes.axvline(at, color=LIMIT, linewidth=1.2)
 
     return _svg(draw, name=name, height=1.15, width=width)
 
@@ -279,17 +297,19 @@ def _label(axes: Axes, text: str, at: tuple[float, float], colour: str, *, weigh
     )
 
 
-def _ms_axis(axes: Axes) -> None:
+def _ms_axis(axes: Axes, unit: str = "ms") -> None:
     axes.yaxis.set_major_locator(MaxNLocator(4))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g} ms"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g} {unit}"))
     axes.grid(axis="y")
 
 
-def _time_axis(axes: Axes, lines: Sequence[Line], warmup_s: float) -> None:
+def _time_axis(axes: Axes, lines: Sequence[Line], warmup_s: float, fault: tuple[float, float] | None = None) -> None:
     xs = [x for line in lines for x, _ in line.points] or [0.0, 1.0]
     axes.set_xlim(0, max(xs))
     if warmup_s > 0:
         axes.axvspan(0, warmup_s, color=MUTED, alpha=0.12, linewidth=0)
+    if fault is not None:
+        axes.axvspan(*fault, color=LIMIT, alpha=0.12, linewidth=0)
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g} s"))

@@ -1,0 +1,76 @@
+"""`rankbridge faults`: chosen faults on both sites of this home, one table, one page, one exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from rich.console import Console
+from rich.markup import escape
+
+from rankbridge import cloud as clouds
+from rankbridge import jobs
+from rankbridge.cloud import CloudForm
+from rankbridge.drills import catalogue, page, suite
+from rankbridge.drills.records import Suite
+from rankbridge.drills.sites import Sites
+from rankbridge.drills.suite import DriverProcess, FaultSuite
+from rankbridge.drills.table import baseline, checks_table, faults_table
+from rankbridge.layout import Layout
+
+_BASELINE: Final = "RANKBRIDGE_BASELINE"
+
+
+def run(
+    layout: Layout,
+    *,
+    names: Sequence[str],
+    out: Path,
+    cut_s: float,
+    ports: Sequence[str],
+    seed: int,
+    console: Console,
+) -> bool:
+    """Whether every fault that was made held its expectations. Raises DeskError, Interrupted."""
+    faults = [catalogue.lasting(fault, cut_s) for fault in catalogue.chosen(names)]
+    form = None if clouds.check(CloudForm.LOCALSTACK, os.environ) else CloudForm.LOCALSTACK
+    kubernetes = kubernetes_s(layout)
+
+    def say(text: str) -> None:
+        console.print(f"  {escape(text)}", soft_wrap=True)
+
+    def keep(found: Suite) -> None:
+        suite.write(msgspec.structs.replace(found, kubernetes_s=kubernetes), out)
+
+    with jobs.viewing(console) as view:
+        console.print(
+            f"[bold]faults[/]: both sites come up, everything between them passes a relay; {len(faults)} to make"
+        )
+        with Sites(layout, ports=ports, form=form, view=view, say=say, seed=seed) as ground:
+            driver = DriverProcess(out.absolute() / "drives", layout.root)
+            found = FaultSuite(ground, driver, say=say, seed=seed).run(faults, keep)
+    found = msgspec.structs.replace(found, kubernetes_s=kubernetes)
+    suite.write(found, out)
+    made = page.write(found, out)
+    console.print()
+    console.print(faults_table(found))
+    if not found.passed:
+        console.print(checks_table(found))
+    for line in baseline(found):
+        console.print(escape(line), soft_wrap=True)
+    word = "[bold green]passed[/]" if found.passed else "[bold red]failed[/]"
+    console.print(f"faults: {word}   {escape(str(made))}")
+    return found.passed
+
+
+def kubernetes_s(layout: Layout) -> dict[str, float]:
+    """What `make test-cluster` measured of Kubernetes alone; nothing where it did not run here."""
+    file = Path(os.environ.get(_BASELINE, layout.root / ".rankbridge" / "cluster" / "baseline.json"))
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return {str(what): float(value) for what, value in json.loads(file.read_text())["seconds"].items()}
+    return {}

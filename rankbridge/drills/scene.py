@@ -1,0 +1,165 @@
+"""What a fault may do to the running sites: the one door of every drill, and its fake.
+
+A fault is a script over this door. It knows no process ids and no addresses; `rankbridge.drills.sites` does.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Protocol
+
+from rankbridge.link import FakeLink, Link
+from rankbridge.roles import Role
+from workloads.contract.sites import SiteName
+
+
+class StoreFault(enum.StrEnum):
+    """What the object store does to who asks it."""
+
+    NONE = "none"
+    ERROR_500 = "500"
+    ERROR_503 = "503"
+    SLOW = "slow"
+    RESET = "reset"
+    EXPIRED = "expired"
+    """403: the credentials have expired."""
+
+
+class BadBundle(enum.StrEnum):
+    """What is wrong with a bundle that gets published."""
+
+    SIGNATURE = "signature"
+    TRUNCATED = "truncated"
+    SHAPE = "shape"
+    NAN = "nan"
+    SLOW = "slow"
+
+
+class Scene(Protocol):
+    """Both sites under load. What is done here is undone by `restore`, whatever a script forgot."""
+
+    @property
+    def link(self) -> Link:
+        """The way between the sites."""
+        ...
+
+    def kill(self, role: Role, site: SiteName) -> None:
+        """SIGKILL a process and its children: no last word, no clean end."""
+
+    def bring_back(self) -> None:
+        """Start what is missing, and wait until all is ready."""
+
+    def freeze(self, role: Role, site: SiteName) -> None:
+        """SIGSTOP a process and its children: connections stay open, nothing is answered."""
+
+    def thaw(self, role: Role, site: SiteName) -> None:
+        """SIGCONT."""
+
+    def slow_down(self, role: Role, site: SiteName, times: float) -> None:
+        """Let it run one part of `times` of the time, in slices of some milliseconds, until `thaw`."""
+
+    def hide_profiles(self, *, hidden: bool) -> None:
+        """Take the feature store's table away from who reads it, or bring it back."""
+
+    def store(self, fault: StoreFault) -> None:
+        """From now on the object store does this."""
+
+    def fill_disk(self, *, full: bool) -> None:
+        """Let the intake's disk have no room, or room again."""
+
+    def publish_bad(self, what: BadBundle) -> None:
+        """Bring a bundle with one fault into the registry and let the sites' channel point to it."""
+
+    def publish_good(self) -> None:
+        """Let the channel point to the good bundle again."""
+
+    def restart(self, role: Role, site: SiteName) -> None:
+        """Stop a process as an operator does, start it, and wait until it is ready."""
+
+    def roll(self) -> None:
+        """Bring home to another bundle of its own copies, as an operator does without the cloud, and back."""
+
+    def scale_up(self) -> None:
+        """Start a second gateway at home beside the first, and ask it."""
+
+    def retrain(self) -> None:
+        """A small training at home, on home's own data set, to its end."""
+
+    def note(self, name: str, found: str) -> None:
+        """A fact for the row."""
+
+    def waits(self) -> float:
+        """A random wait between 0 and 1, of the suite's seed."""
+        ...
+
+
+class FakeScene:
+    """Writes down what it was told."""
+
+    def __init__(self) -> None:
+        self.link = FakeLink()
+        self.told: list[str] = []
+
+    def kill(self, role: Role, site: SiteName) -> None:
+        """See Scene."""
+        self.told.append(f"kill {role} at {site}")
+
+    def bring_back(self) -> None:
+        """See Scene."""
+        self.told.append("bring back")
+
+    def freeze(self, role: Role, site: SiteName) -> None:
+        """See Scene."""
+        self.told.append(f"freeze {role} at {site}")
+
+    def thaw(self, role: Role, site: SiteName) -> None:
+        """See Scene."""
+        self.told.append(f"thaw {role} at {site}")
+
+    def slow_down(self, role: Role, site: SiteName, times: float) -> None:
+        """See Scene."""
+        self.told.append(f"slow {role} at {site} down {times:g} times")
+
+    def hide_profiles(self, *, hidden: bool) -> None:
+        """See Scene."""
+        self.told.append("hide profiles" if hidden else "show profiles")
+
+    def store(self, fault: StoreFault) -> None:
+        """See Scene."""
+        self.told.append(f"store {fault}")
+
+    def fill_disk(self, *, full: bool) -> None:
+        """See Scene."""
+        self.told.append("fill disk" if full else "free disk")
+
+    def publish_bad(self, what: BadBundle) -> None:
+        """See Scene."""
+        self.told.append(f"publish bad {what}")
+
+    def publish_good(self) -> None:
+        """See Scene."""
+        self.told.append("publish good")
+
+    def restart(self, role: Role, site: SiteName) -> None:
+        """See Scene."""
+        self.told.append(f"restart {role} at {site}")
+
+    def roll(self) -> None:
+        """See Scene."""
+        self.told.append("roll")
+
+    def scale_up(self) -> None:
+        """See Scene."""
+        self.told.append("scale up")
+
+    def retrain(self) -> None:
+        """See Scene."""
+        self.told.append("retrain")
+
+    def note(self, name: str, found: str) -> None:
+        """See Scene."""
+        self.told.append(f"{name}: {found}")
+
+    def waits(self) -> float:
+        """See Scene."""
+        return 0.5

@@ -1,0 +1,511 @@
+"""Both sites under drill: started so that everything between them passes a link, and done to as a script says.
+
+The real form of `rankbridge.drills.scene.Scene`. Whatever a site's process is told of the other one (`--peer`,
+`--intake`) is rewritten to the link's address, so that no process knows it; the object store is in the cloud, so home's
+way to it passes the link, too. It judges nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import random
+import resource
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from rankbridge import bundles, jobs, processes
+from rankbridge import cloud as clouds
+from rankbridge.asked import training_arguments
+from rankbridge.border import Publisher, empty_sites
+from rankbridge.cloud import Cloud, CloudForm
+from rankbridge.drills import bad_bundles
+from rankbridge.drills.fault import Need
+from rankbridge.drills.object_store import StoreProxy
+from rankbridge.drills.relay import TcpLink, Way
+from rankbridge.drills.scene import BadBundle, StoreFault
+from rankbridge.faults import DeskError
+from rankbridge.interrupts import shield
+from rankbridge.layout import Layout
+from rankbridge.link import Direction
+from rankbridge.processes import Identity
+from rankbridge.roles import LISTENERS, Followed, Plan, Process, Role
+from rankbridge.serving import Serving
+from rankbridge.supervisor import Facts, Owner, Supervisor, probe
+from workloads.bundle.manifest import SHORT
+from workloads.contract.http import PATH_READY
+from workloads.contract.sites import AWS, HOME, SITES, Listener, Site, SiteName
+from workloads.contract.storage import STABLE, Release
+
+SLICE_S: Final = 0.02
+"""One turn of a process that is slowed down: it runs for a part of it and is stopped for the rest."""
+SETTLE_S: Final = 2.0
+"""After everything is ready again, before the next fault."""
+_READY_WITHIN_S: Final = 60.0
+_LOOK_S: Final = 0.1
+_ACTOR: Final = "drill"
+_SEEN_FROM: Final[Mapping[SiteName, str]] = {HOME.name: "127.0.110.1", AWS.name: "127.0.120.1"}
+"""Where a site meets the link: what it believes to be the other one."""
+_FULL_AT: Final = 4096
+"""Bytes that a file may have on a disk that is full: none of the intake's is shorter."""
+_SMALL: Final = ("--users", "200", "--items", "120", "--events", "6000")
+"""Size of the training that home does alone."""
+
+
+class _Refused(msgspec.Struct, frozen=True):
+    """The part of an agent's /readyz that says what it does not serve."""
+
+    refused: dict[str, str] = {}
+    missing: dict[str, str] = {}
+    channel_fault: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class DrilledServing(Serving):
+    """A serving side whose processes find the other site behind the link."""
+
+    rerouted: Callable[[Process], Process] = lambda process: process
+
+    def processes(self, plan: Plan) -> list[Process]:
+        """As they would be, with the other site's addresses replaced."""
+        return [self.rerouted(process) for process in super().processes(plan)]
+
+
+class Sites:
+    """Both sites, up for as long as the context lasts. See `Scene` for what can be done to them."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        ports: Sequence[str],
+        form: CloudForm | None,
+        view: jobs.View,
+        say: Callable[[str], None],
+        seed: int,
+    ) -> None:
+        self._layout = layout
+        self._ports = ports
+        self._form = form
+        self._view = view
+        self._chance = random.Random(seed)  # noqa: S311 - moments of kills, no secrets
+        self._stack = contextlib.ExitStack()
+        self._cloud: Cloud | None = None
+        self._proxy: StoreProxy | None = None
+        self._link: TcpLink | None = None
+        self._store_at = ""
+        self._serving = DrilledServing(layout, Supervisor(layout, say=say), dict(os.environ), self._rerouted)
+        self._plan: Plan | None = None
+        self._facts: Facts | None = None
+        self._good: Path = layout.bundles
+        self._twin: Path | None = None
+        self._bad: Path | None = None
+        self._slowed: list[_DutyCycle] = []
+        self._frozen: list[tuple[Role, SiteName]] = []
+        self._hidden = False
+        self._full = False
+        self.notes: dict[str, str] = {}
+
+    # a context
+
+    def __enter__(self) -> Sites:
+        try:
+            self._open()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with shield():
+            self._undo()
+            self._serving.down()
+            self._stack.close()
+
+    def _open(self) -> None:
+        serving = self._serving
+        self._good = serving.bundle(None)
+        with serving.supervisor.lock():
+            serving.make_way(Owner.REHEARSAL)
+        store = None
+        if self._form is not None:
+            self._cloud = self._stack.enter_context(clouds.opened(self._form, self._layout))
+            store = self._between_the_store(self._cloud)
+        serves = self._good if self._cloud is None or self._form is None else self._followed(self._cloud, self._form)
+        self._plan, self._facts = serving.plan(serves, self._ports, ())
+        self._link = self._stack.enter_context(TcpLink(self._ways(self._plan, store)))
+        if self._cloud is not None:
+            self._publish()
+        started = (lambda: None) if self._cloud is None else self._promote_first
+        serving.up(self._plan, self._facts, owner=Owner.REHEARSAL, view=self._view, started=started)
+        self._settle()
+
+    def _followed(self, cloud: Cloud, form: CloudForm) -> Followed:
+        empty_sites(self._layout)
+        return Followed(STABLE, cloud.models_bucket, form)
+
+    def _between_the_store(self, cloud: Cloud) -> tuple[str, int] | None:
+        """Put the proxy before the object store; where it listens. None where the store is not one of this machine."""
+        endpoint = urllib.parse.urlsplit(cloud.settings.get("AWS_ENDPOINT_URL", ""))
+        if endpoint.scheme != "http" or not endpoint.hostname or not endpoint.port:
+            return None
+        self._proxy = self._stack.enter_context(StoreProxy((endpoint.hostname, endpoint.port)))
+        host, port = self._proxy.address
+        self._store_at = f"http://{host}:{port}"
+        return self._proxy.address
+
+    def _ways(self, plan: Plan, store: tuple[str, int] | None) -> list[Way]:
+        """Everything that one site may ask of the other, and home of the object store."""
+        ways = []
+        for site, other, asks in ((HOME, AWS, Direction.TO_CLOUD), (AWS, HOME, Direction.FROM_CLOUD)):
+            for listener in (Listener.GATEWAY, Listener.INTAKE):
+                if listener in other.listeners:
+                    port = plan.addresses.port(listener)
+                    ways.append(Way((_SEEN_FROM[site.name], port), (other.address, port), asks))
+        if store is not None:
+            ways.append(Way((_SEEN_FROM[HOME.name], store[1]), store, Direction.TO_CLOUD))
+        return ways
+
+    def _rerouted(self, process: Process) -> Process:
+        """The process with the other site, and the object store, behind the link."""
+        command, environment = list(process.command), dict(process.environment)
+        for other in SITES.values():
+            if other.name is not process.site:
+                mark = f"{other.address}:"
+                command = [word.replace(mark, f"{_SEEN_FROM[process.site]}:") for word in command]
+        if self._store_at and "AWS_ENDPOINT_URL" in environment:
+            port = self._store_at.rpartition(":")[2]
+            home = process.site is HOME.name
+            environment["AWS_ENDPOINT_URL"] = f"http://{_SEEN_FROM[HOME.name]}:{port}" if home else self._store_at
+        return dataclasses.replace(process, command=tuple(command), environment=environment)
+
+    def _publish(self) -> None:
+        """The bundle and a twin of it: home is to have an earlier one to go back to."""
+        self._twin = bad_bundles.twin(self._good, self._scratch, "drill twin")
+        for bundle in (self._twin, self._good):
+            self._publisher.publish(bundle)
+
+    def _promote_first(self) -> None:
+        for bundle in (self._twin, self._good):
+            if bundle is not None:
+                self._publisher.promote(bundle.name)
+                self._served_at_both(bundle)
+
+    # what the suite asks
+
+    @property
+    def link(self) -> TcpLink:
+        """See Scene."""
+        if self._link is None:
+            raise RuntimeError("the sites are not up")
+        return self._link
+
+    @property
+    def offers(self) -> frozenset[Need]:
+        """What can be had here."""
+        return frozenset({Need.TUNNELS, *([Need.CLOUD] if self._proxy is not None else [])})
+
+    @property
+    def published(self) -> frozenset[str]:
+        """12 hex digits of every bundle that may be served."""
+        return frozenset(path.name[:SHORT] for path in (self._good, self._twin) if path is not None)
+
+    def gateway(self, site: Site) -> str:
+        """Its URL for who is at the site."""
+        return self._the_plan.addresses.url(site, Listener.GATEWAY)
+
+    @property
+    def events(self) -> Path:
+        """The intake's store."""
+        return self._layout.events
+
+    def restore(self) -> None:
+        """Undo whatever is still done, start what is missing, wait until all is ready and calm."""
+        self._undo()
+        self.bring_back()
+        self.notes = {}
+
+    # Scene
+
+    def kill(self, role: Role, site: SiteName) -> None:
+        """See Scene."""
+        for one in self._members(role, site):
+            processes.send(one, signal.SIGKILL)
+
+    def bring_back(self) -> None:
+        """See Scene."""
+        plan, facts = self._the_plan, self._the_facts
+        self._serving.up(plan, facts, owner=Owner.REHEARSAL, view=self._view)
+
+    def freeze(self, role: Role, site: SiteName) -> None:
+        """See Scene."""
+        self._frozen.append((role, site))
+        for one in self._members(role, site):
+            processes.send(one, signal.SIGSTOP)
+
+    def thaw(self, role: Role, site: SiteName) -> None:
+        """See Scene."""
+        for cycle in self._slowed:
+            cycle.stop()
+        self._slowed = []
+        self._frozen = [one for one in self._frozen if one != (role, site)]
+        for one in self._members(role, site):
+            processes.send(one, signal.SIGCONT)
+
+    def slow_down(self, role: Role, site: SiteName, times: float) -> None:
+        """See Scene."""
+        self._frozen.append((role, site))
+        cycle = _DutyCycle(self._members(role, site), 1.0 / times)
+        self._slowed.append(cycle)
+        cycle.start()
+
+    def hide_profiles(self, *, hidden: bool) -> None:
+        """See Scene."""
+        if hidden == self._hidden:
+            return
+        names = ("profiles", "profiles_hidden") if hidden else ("profiles_hidden", "profiles")
+        with contextlib.closing(sqlite3.connect(self._layout.profiles, timeout=10.0, isolation_level=None)) as store:
+            store.execute(f"ALTER TABLE {names[0]} RENAME TO {names[1]}")
+        self._hidden = hidden
+
+    def store(self, fault: StoreFault) -> None:
+        """See Scene."""
+        if self._proxy is not None:
+            self._proxy.tell(fault)
+
+    def fill_disk(self, *, full: bool) -> None:
+        """See Scene. A limit of the running process: the host's disk has room enough."""
+        for one in self._members(Role.INTAKE, HOME.name):
+            _, hard = resource.prlimit(one.pid, resource.RLIMIT_FSIZE)
+            resource.prlimit(one.pid, resource.RLIMIT_FSIZE, (_FULL_AT if full else hard, hard))
+        self._full = full
+
+    def publish_bad(self, what: BadBundle) -> None:
+        """See Scene."""
+        cloud = self._the_cloud
+        self._bad = bad_bundles.make(self._good, self._scratch, what)
+        client = clouds.s3(cloud)
+        bad_bundles.put(
+            client, cloud.models_bucket, self._bad, what, key=self._layout.publisher_key, scratch=self._scratch
+        )
+        self._promote_unchecked(self._bad)
+
+    def publish_good(self) -> None:
+        """See Scene. Notes first what the agents said of the bad one."""
+        for site in SITES.values():
+            self.note(f"refused at {site.name.value}", self._said_of_bad(site))
+        self._promote_unchecked(self._good)
+
+    def restart(self, role: Role, site: SiteName) -> None:
+        """See Scene."""
+        self._serving.supervisor.stop(f"{site.value}-{role.value}")
+        self.bring_back()
+        self.note("restarted", "ready")
+
+    def roll(self) -> None:
+        """See Scene."""
+        if self._twin is None:
+            self.note("rolled", "there is one bundle only")
+            return
+        folder = ["--site-dir", str(self._layout.site(HOME.name))]
+        self._job("workloads.agent", ["rollback", *folder, "--to", self._twin.name])
+        there = self._serves(HOME, self._twin)
+        self._job("workloads.agent", ["rollback", *folder, "--to", self._good.name])
+        back = self._serves(HOME, self._good)
+        self._job("workloads.agent", ["resume", *folder])
+        self.note("rolled", "there and back" if there and back else "not served")
+
+    def scale_up(self) -> None:
+        """See Scene."""
+        plan = self._the_plan
+        first = next(one for one in self._serving.processes(plan) if (one.role, one.site) == (Role.GATEWAY, HOME.name))
+        host, port = _SEEN_FROM[HOME.name], plan.addresses.port(LISTENERS[Role.AGENT][0])
+        mine = plan.addresses.host_port(HOME, Listener.GATEWAY)
+        command = [f"{host}:{port}" if word == mine else word for word in first.command]
+        second = processes.start(
+            command,
+            environment=first.environment,
+            folder=self._layout.root,
+            log=self._layout.log("drill-second-gateway"),
+            notes=self._layout.run / "notes" / "drill-second-gateway",
+            tether=True,
+        )
+        try:
+            both = all(
+                _until(lambda url=url: probe(url + PATH_READY).status == 200)  # type: ignore[misc]  # a default binds it
+                for url in (f"http://{host}:{port}", self.gateway(HOME))
+            )
+        finally:
+            processes.end([second], grace_s=first.grace_s)
+        self.note("scaled", "both gateways answer" if both else "the second one does not answer")
+
+    def retrain(self) -> None:
+        """See Scene. On a data set of its own size: the machine is answering meanwhile."""
+        home = Layout(self._layout.root, self._scratch / "alone")
+        shutil.rmtree(home.home, ignore_errors=True)
+        self._job("workloads.data", ["--source", "simulator", "--home", str(home.home), *_SMALL])
+        dataset = next((home.site(HOME.name) / "datasets").glob("*-*"))
+        self._job("workloads.training", training_arguments(home, dataset, seed=1))
+        self.note("retrained", "done" if any(home.training_home.glob("work/train-*")) else "made nothing")
+
+    def note(self, name: str, found: str) -> None:
+        """See Scene."""
+        self.notes[name] = found
+
+    def waits(self) -> float:
+        """See Scene."""
+        return self._chance.random()
+
+    # inside
+
+    @property
+    def _the_plan(self) -> Plan:
+        if self._plan is None:
+            raise RuntimeError("the sites are not up")
+        return self._plan
+
+    @property
+    def _the_facts(self) -> Facts:
+        if self._facts is None:
+            raise RuntimeError("the sites are not up")
+        return self._facts
+
+    @property
+    def _the_cloud(self) -> Cloud:
+        if self._cloud is None:
+            raise DeskError("there is no object store", "`make localstack-install`")
+        return self._cloud
+
+    @property
+    def _publisher(self) -> Publisher:
+        return Publisher(self._layout, self._the_cloud)
+
+    @property
+    def _scratch(self) -> Path:
+        folder = self._layout.work / "drills"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _promote_unchecked(self, bundle: Path) -> None:
+        """As whoever may write the channel's document could: the registry's own checks are not asked."""
+        cloud = self._the_cloud
+        with bundles.told():
+            models = bundles.registry(self._layout, cloud.models_bucket, client=clouds.s3(cloud))
+            models.channels.promote(STABLE, Release(bundle=bundle.name), _ACTOR)
+
+    def _said_of_bad(self, site: Site) -> str:
+        """What a site's agent says of the bad bundle: that it is refused and why, or what it waits for."""
+        if self._bad is None:
+            return "nothing was published"
+        agent = self._the_plan.addresses.url(site, Listener.AGENT)
+        with contextlib.suppress(msgspec.DecodeError):
+            said = msgspec.json.decode(probe(agent + PATH_READY).body, type=_Refused)
+            for edition, why in said.refused.items():
+                if edition.startswith(self._bad.name[:SHORT]):
+                    return why
+            waits = "; ".join([*said.missing.values(), said.channel_fault]).strip("; ")
+            return f"not refused; the agent says: {waits or 'nothing'}"
+        return "the agent does not answer"
+
+    def _members(self, role: Role, site: SiteName) -> list[Identity]:
+        """A process and its children, without the keeper, which must note how they end."""
+        state = self._serving.supervisor.state()
+        found = [one for one in state.processes if (one.role, one.site) == (role, site)] if state else []
+        return [
+            member for record in found for member in processes.members(record.handle) if member != record.handle.keeper
+        ]
+
+    def _undo(self) -> None:
+        for role, site in list(self._frozen):
+            self.thaw(role, site)
+        if self._link is not None:
+            self._link.heal()
+        self.store(StoreFault.NONE)
+        self.hide_profiles(hidden=False)
+        if self._full:
+            self.fill_disk(full=False)
+
+    def _settle(self) -> None:
+        """Every gateway with all its neighbours, for a moment."""
+        time.sleep(SETTLE_S)
+
+    def _serves(self, site: Site, bundle: Path) -> bool:
+        url = self.gateway(site)
+        return self._serving.supervisor.gateway(url, url + PATH_READY).bundle == bundle.name[:SHORT]
+
+    def _served_at_both(self, bundle: Path) -> None:
+        for site in SITES.values():
+            if not _until(lambda site=site: self._serves(site, bundle)):  # type: ignore[misc]  # a default binds it
+                raise DeskError(
+                    f"{site.name.value} does not serve bundle {bundle.name[:SHORT]}",
+                    f"see {self._layout.shown(self._layout.log(f'{site.name.value}-agent'))}",
+                )
+
+    def _job(self, module: str, arguments: Sequence[str]) -> None:
+        """A job, behind everything that answers."""
+        log = self._layout.log("drill-jobs")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            done = subprocess.run(
+                ["nice", "-n", "10", sys.executable, "-m", module, *arguments],
+                cwd=self._layout.root,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
+        if done.returncode:
+            raise DeskError(
+                f"{module} ended with code {done.returncode}",
+                f"its log is {self._layout.shown(log)}",
+                detail=processes.tail(log),
+            )
+
+
+class _DutyCycle:
+    """Lets processes run for a share of the time."""
+
+    def __init__(self, members: Sequence[Identity], share: float) -> None:
+        self._members = members
+        self._share = share
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._turn, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _turn(self) -> None:
+        while not self._over.is_set():
+            self._tell(signal.SIGSTOP)
+            self._over.wait(SLICE_S * (1.0 - self._share))
+            self._tell(signal.SIGCONT)
+            time.sleep(SLICE_S * self._share)
+
+    def _tell(self, number: signal.Signals) -> None:
+        for one in self._members:
+            processes.send(one, number)
+
+
+def _until(holds: Callable[[], bool], within_s: float = _READY_WITHIN_S) -> bool:
+    end = time.monotonic() + within_s
+    while not holds():
+        if time.monotonic() > end:
+            return False
+        time.sleep(_LOOK_S)
+    return True
