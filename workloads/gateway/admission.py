@@ -91,7 +91,8 @@ class Admission:
         self._took_ms = 0.0
         self._fullest = 0
         self._by_tenant: dict[str, int] = {}
-        self._pressure = 1.0
+        self._turned = 0.0
+        """Share of the last hundred requests or so that were turned away."""
         self.in_flight = 0
         self.shed: dict[tuple[ShedReason, Priority], int] = {}
 
@@ -116,7 +117,7 @@ class Admission:
                 return self._turned_away(ShedReason.TENANT_SHARE, priority)
         self._by_tenant[tenant] = mine + 1
         self.in_flight += 1
-        self._pressure += 0.01 * (1.0 - self._pressure)
+        self._turned *= 0.99
         return Admitted(tenant, now_s - waited_s, self.in_flight)
 
     def done(self, admitted: Admitted, now_s: float, *, learn: bool = True) -> None:
@@ -155,6 +156,8 @@ class Admission:
 
     def _turned_away(self, reason: ShedReason, priority: Priority) -> Shed:
         self.shed[reason, priority] = self.shed.get((reason, priority), 0) + 1
-        self._pressure += 0.01 * (self._policy.retry_after_max_s - self._pressure)
-        after = self._pressure * (1.0 + self._random())
-        return Shed(reason, STATUS[reason], min(max(1, round(after)), self._policy.retry_after_max_s))
+        self._turned += 0.01 * (1.0 - self._turned)
+        # What comes per request that is served says how long the queue of all would be; chance parts who came together.
+        most = self._policy.retry_after_max_s
+        after = min(1.0 / max(1.0 - self._turned, 1e-9), most / 2.0) * (1.0 + self._random())
+        return Shed(reason, STATUS[reason], min(max(1, round(after)), most))

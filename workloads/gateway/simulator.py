@@ -25,6 +25,7 @@ import msgspec
 
 from workloads.contract.slo import CANDIDATES_RANKED, Priority, Rung
 from workloads.gateway.admission import Admission, Admitted
+from workloads.gateway.calibration import Calibration
 from workloads.gateway.router import Choice, Outcome, Route, RouteFacts, Router, RouterPolicy, Ticket
 
 PATIENCE: Final = 10.0
@@ -34,13 +35,13 @@ NO_SITE: Final = ""
 
 
 class Recorded(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Service times that were measured: a file of `rankbridge bench --record`."""
+    """Service times that were measured: `service-times.json` of `rankbridge bench`."""
 
     schema_version: int = 1
     measured: str
     """What was measured where, in a sentence."""
     candidates: int
-    """Rows of each call."""
+    """Of each call."""
     ms: dict[str, list[float]]
     """Per `site/rung`, in the order in which they came."""
 
@@ -81,7 +82,8 @@ class Backend:
 
     def facts(self) -> RouteFacts:
         """What a router may know of it beforehand."""
-        return RouteFacts(self.route, price=self.price, parallel=self.workers)
+        mean_ms = math.fsum(self.service_ms) / len(self.service_ms)
+        return RouteFacts(self.route, price=self.price, parallel=self.workers, prior_ms=2.0 * mean_ms + self.way_ms)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -588,8 +590,8 @@ class Comparison:
     """Of a plan that knows every arrival, and no call's own luck."""
     clairvoyant_per_1000: float
     """Of one that knows each service time beforehand, too: nobody can get there."""
-    calibration: float | None
-    """Share of calls that took no longer than the router predicted."""
+    calibration: Calibration
+    """Of the router's predictions."""
 
 
 def compare(
@@ -610,4 +612,4 @@ def compare(
     known, clairvoyant = (
         1000.0 * least_cost(backends, asked, clairvoyant=sees) / max(1, len(asked)) for sees in (False, True)
     )
-    return Comparison(rows, known, clairvoyant, router.calibration.share_within)
+    return Comparison(rows, known, clairvoyant, router.calibration)
