@@ -49,12 +49,13 @@ from workloads.contract.http import (
     Served,
 )
 from workloads.contract.sites import HOME, AddressBook, Listener
-from workloads.contract.slo import BELOW_BEST_RUNG_SHARE, CANDIDATES_RANKED, Endpoint, Stage
+from workloads.contract.slo import BELOW_BEST_RUNG_SHARE, CANDIDATES_RANKED, Endpoint, Rung, Stage
 from workloads.contract.tensors import CONTEXT, HISTORY_LENGTH, RANKER, USER_TOWER
 from workloads.data.definitions import Touch
 from workloads.data.features import ItemTables, UserState, rank_features
 from workloads.data.fusion import Candidates
 from workloads.data.profiles import ProfilesDownError, ProfileStoreError, open_profiles
+from workloads.gateway.simulator import Recorded
 from workloads.privacy.pseudonym import KeyFileError
 from workloads.privacy.vault import SqliteVault, VaultError
 
@@ -206,7 +207,7 @@ class Options:
 
 
 def run(options: Options, console: Console) -> BenchResult:
-    """Measure, print, and write `bench.json` and `bench-requests.jsonl` into `options.out`.
+    """Measure, print, and write `bench.json`, `bench-requests.jsonl` and `service-times.json` into `options.out`.
 
     Raises DeskError when the site does not answer, answers without its ranker, or serves a bundle
     that is not here.
@@ -223,8 +224,18 @@ def run(options: Options, console: Console) -> BenchResult:
         best_rung = gateway.sample().best_rung.get(Endpoint.RECOMMEND.value)
     result = summarise(rounds, best_rung=best_rung)
     write_whole(options.out / "bench.json", msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
+    write_whole(options.out / "service-times.json", msgspec.json.encode(service_times(rounds, result.machine)) + b"\n")
     show(result, console)
     return result
+
+
+def service_times(rounds: Sequence[Sequence[Timing]], on: Machine) -> Recorded:
+    """What the home ranker took each time, for `rankbridge simulate`."""
+    return Recorded(
+        measured=f"bare calls to Triton at {HOME.name.value}, one at a time, {on.cores} cores",
+        candidates=CANDIDATES_RANKED,
+        ms={f"{HOME.name.value}/{Rung.FULL_RANKER}": [timing.triton for timings in rounds for timing in timings]},
+    )
 
 
 def _rounds(asks: Sequence[Ask], gateway: Gateway, parts: Parts, *, count: int, console: Console) -> list[list[Timing]]:

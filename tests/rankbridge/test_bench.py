@@ -46,6 +46,7 @@ from workloads.contract.http import (
 )
 from workloads.contract.tensors import HISTORY_LENGTH, RANKER_DENSE, RANKER_SPARSE, VECTOR_DIM
 from workloads.data.definitions import Touch
+from workloads.gateway.simulator import Recorded
 
 STAGES = {"features": 0.5, "candidates": 3.0, "rank": 4.0, "rules": 0.25}
 
@@ -305,6 +306,8 @@ def test_a_whole_bench_writes_its_result_and_requests_that_can_be_replayed(tmp_p
         assert run(again, Console(file=io.StringIO())).requests == 5
     assert recorded.read_bytes() == first, "a replay asks the same things"
     assert msgspec.json.decode((tmp_path / "out" / "bench.json").read_bytes(), type=BenchResult).rounds == 2
+    times = msgspec.json.decode((tmp_path / "out" / "service-times.json").read_bytes(), type=Recorded)
+    assert len(times.ms["onprem/1"]) == result.requests * result.rounds
     assert (result.requests, result.rounds, result.bundle) == (5, 2, bundle.short)
     assert result.gateway.p50_ms > 0
     assert len(Neighbours.asked) == 2 * (1 + 2) * 5, "each request once in warm-up and in every round"

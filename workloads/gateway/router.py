@@ -434,7 +434,9 @@ class _Lane:
         alone_ms = took_ms / ticket.waiting
         if ticket.choice.probe and ticket is self._probe:
             self._probe_ended(size, outcome, alone_ms, now_s)
-        if outcome is not Outcome.FAILED:
+        # A call that was called off early says nothing of a route that nobody knows yet.
+        unknown = outcome is Outcome.CANCELLED and not self._histograms and alone_ms < self.facts.prior_ms
+        if outcome is not Outcome.FAILED and not unknown:
             histogram = self._histograms.get(size)
             if histogram is None:
                 histogram = self._histograms[size] = DecayedHistogram(self._policy.half_life_s)

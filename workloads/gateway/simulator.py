@@ -19,7 +19,7 @@ from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from random import Random
-from typing import Final, Protocol
+from typing import Annotated, Final, Protocol
 
 import msgspec
 
@@ -42,7 +42,7 @@ class Recorded(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """What was measured where, in a sentence."""
     candidates: int
     """Of each call."""
-    ms: dict[str, list[float]]
+    ms: dict[str, Annotated[list[Annotated[float, msgspec.Meta(gt=0)]], msgspec.Meta(min_length=1)]]
     """Per `site/rung`, in the order in which they came."""
 
 

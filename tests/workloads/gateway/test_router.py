@@ -121,6 +121,14 @@ def test_with_a_price_of_loss_a_cheap_rung_may_win():
         assert chosen(at, 50.0, warm(at)) == expected
 
 
+def test_a_call_that_was_called_off_at_once_says_nothing_of_an_unknown_route():
+    at = router()
+    call(at, HOME, 0.5, 0.0, Outcome.CANCELLED)
+    choice = at.choose(ROWS, 50.0, 1.0)
+    assert choice is not None
+    assert choice.predicted_ms == 10.0
+
+
 def test_large_calls_are_predicted_from_small_ones_until_they_are_known():
     at = router()
     now_s = warm(at)
