@@ -9,7 +9,8 @@ import datetime
 from collections.abc import Sequence
 
 from workloads.bundle.manifest import Facts
-from workloads.contract.quality import Protocol, QualityRow
+from workloads.contract.quality import Protocol, QualityRow, RungQuality
+from workloads.contract.slo import STUDENT_LOSS_MAX, Rung
 from workloads.contract.tensors import FeatureSchema
 from workloads.data.dataset import DatasetMeta
 
@@ -17,6 +18,12 @@ _PROTOCOLS: dict[Protocol, str] = {
     "novel": "Items the person has not bought before",
     "repeats": "All items, bought before or not",
     "search": "The item behind a query",
+}
+_RUNGS: dict[int, str] = {
+    Rung.FULL_RANKER: "full ranker",
+    Rung.DISTILLED_RANKER: "distilled ranker, INT8",
+    Rung.RETRIEVAL_SCORE: "retrieval score",
+    Rung.TRADITIONAL: "item-to-item and popularity",
 }
 
 
@@ -48,6 +55,7 @@ def model_card(facts: Facts, dataset: DatasetMeta, schema: FeatureSchema) -> str
         "## Quality on the test period",
         *(f"- {statement}" for statement in quality.statements),
         *_quality_tables(quality.rows),
+        *_ladder(quality.rungs),
         "### Click and purchase probability",
         _table(
             ("measure", "value"),
@@ -113,6 +121,35 @@ def _quality_tables(rows: Sequence[QualityRow]) -> list[str]:
             for row in found
         ]
         parts += [f"### {title}", _table(("recommender", "rung", *names, "requests"), lines)]
+    return parts
+
+
+def _ladder(rungs: Sequence[RungQuality]) -> list[str]:
+    """What a step down costs, a table per protocol."""
+    if not rungs:
+        return []
+    parts = [
+        "### The quality ladder",
+        "Each rung on the same requests and candidate lists as rung 1, measured with the files of this bundle; a loss "
+        f"below zero is a gain. Rung 2 may lose {STUDENT_LOSS_MAX:.0%}, and what chance explains where requests are "
+        "few. A search is not ranked: it has no rung 1.",
+    ]
+    for protocol, title in _PROTOCOLS.items():
+        lines = [
+            (
+                f"{row.rung} {_RUNGS[row.rung]}",
+                f"{row.ndcg_at_10:.4f}",
+                f"{row.loss:.1%}",
+                f"{row.loss_error:.1%}",
+                "" if row.auc is None else f"{row.auc:.4f}",
+                f"{row.requests:,}",
+            )
+            for row in rungs
+            if row.protocol == protocol
+        ]
+        if lines:
+            head = ("rung", "ndcg@10", "loss", "standard error", "AUC", "requests")
+            parts += [f"{title}:", _table(head, lines)]
     return parts
 
 

@@ -57,13 +57,13 @@ def write_onnx(module: nn.Module, signature: Signature, path: Path) -> None:
     )
     if program is None:
         raise ValueError(f"torch made nothing of the {signature.role}")
-    model = _plain(program.model_proto, signature.role)
+    model = plain(program.model_proto, signature.role)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
 
 
-def _plain(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
-    """Without what the exporter says about its sources (file names, stack traces), the batch axis named."""
+def plain(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
+    """Without what a tool says about its sources (file names, stack traces), the batch axis named."""
     model.producer_name, model.producer_version, model.ir_version = "rankbridge", "", IR_VERSION
     model.doc_string = ""
     del model.metadata_props[:]

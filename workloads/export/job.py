@@ -2,7 +2,8 @@
 
 Each model is exported, asked what the trained one was asked, and compared; a bundle is written only
 when all of them agree. Item vectors are made anew by the exported item tower and must be those that
-training used: data, text and age must have come out the same on both ways.
+training used: data, text and age must have come out the same on both ways. The student is quantised on the
+way, and the ladder measured again with the files that will be served: what rung 2 loses has a budget.
 """
 
 from __future__ import annotations
@@ -23,19 +24,40 @@ from workloads.bundle import manifest as m
 from workloads.bundle.store import BundleFault, write_bundle
 from workloads.bundle.tables import Array, open_tables
 from workloads.contract.quality import QualityReport
-from workloads.contract.tensors import ITEM_TOWER, PAD, QUERY_TOWER, RANKER, SIGNATURES, USER_TOWER, FeatureSchema
+from workloads.contract.slo import Rung
+from workloads.contract.tensors import (
+    ITEM_TOWER,
+    PAD,
+    QUERY_TOWER,
+    RANKER,
+    SIGNATURES,
+    STUDENT,
+    USER_TOWER,
+    FeatureSchema,
+    Signature,
+)
 from workloads.data.dataset import ITEMS, Dataset, DatasetError
 from workloads.data.features import ItemTables
 from workloads.export import samples
 from workloads.export.ann import write_index
 from workloads.export.card import model_card
 from workloads.export.graphs import ONNXRUNTIME, Runner, write_onnx
-from workloads.export.parity import PROBABILITY_LIMIT, Limits, ParityFault, compare, vector_limit
-from workloads.models import ranker, two_tower
+from workloads.export.parity import (
+    PROBABILITY_LIMIT,
+    STUDENT_AGREEMENT_FLOOR,
+    STUDENT_LIMIT,
+    Limits,
+    ParityFault,
+    compare,
+    vector_limit,
+)
+from workloads.export.quantising import quantise
+from workloads.models import ladder, ranker, student, two_tower
+from workloads.models.ladder import RankedLists
 from workloads.telemetry.progress import Progress
 
 STAGE: Final = "export"
-STEPS: Final = 8
+STEPS: Final = len(SIGNATURES) + 5
 WEIGHTS: Final = "weights"
 TRAINING: Final = "training.json"
 METRICS: Final = "metrics.json"
@@ -69,6 +91,8 @@ class TrainedRun:
     tables: ItemTables
     models: Mapping[str, nn.Module]
     """By role, in eval mode."""
+    lists: RankedLists
+    """Test requests that the ladder is measured on."""
 
     @classmethod
     def read(cls, directory: Path) -> TrainedRun:
@@ -84,13 +108,15 @@ class TrainedRun:
                 ITEM_TOWER.role: towers.item,
                 QUERY_TOWER.role: towers.query,
                 RANKER.role: ranker.load(directory / WEIGHTS),
+                STUDENT.role: student.load(directory / WEIGHTS),
             }
+            lists = RankedLists.load(directory / ladder.LADDER_FILE)
         except (OSError, ValueError, msgspec.DecodeError) as error:
             raise ExportFault(
                 f"{directory} is not a finished training run: {error}",
                 "give the directory that `python -m workloads.training` printed last",
             ) from error
-        return cls(facts, quality, schema, tables, models)
+        return cls(facts, quality, schema, tables, models, lists)
 
 
 def export(training: Path, dataset_path: Path, bundles: Path, progress: Progress, *, now_ms: Callable[[], int]) -> Path:
@@ -105,9 +131,9 @@ def export(training: Path, dataset_path: Path, bundles: Path, progress: Progress
     progress.step(STAGE, 1, STEPS)
     with tempfile.TemporaryDirectory(prefix="rankbridge-export-") as scratch:
         source = Path(scratch)
-        for number, signature in enumerate(SIGNATURES):
-            write_onnx(run.models[signature.role], signature, source / f"{signature.role}.onnx")
-            progress.step(STAGE, 2 + number, STEPS)
+        for number, signature in enumerate(SIGNATURES, start=2):
+            write_onnx(run.models[signature.role], signature, _graph(source, signature))
+            progress.step(STAGE, number, STEPS)
         try:
             parity, asked, lists = check_parity(run, dataset, source)
         except ParityFault as error:
@@ -116,17 +142,19 @@ def export(training: Path, dataset_path: Path, bundles: Path, progress: Progress
                 "nothing was written; train again, and if it happens again report it with the versions of torch, "
                 "onnx and onnxruntime",
             ) from error
-        progress.step(STAGE, 6, STEPS, max_abs_error=max(one.max_abs_error for one in parity.values()))
+        progress.step(STAGE, STEPS - 3, STEPS, max_abs_error=max(one.max_abs_error for one in parity.values()))
+        quality = measured(run, source)
+        progress.step(STAGE, STEPS - 2, STEPS)
         samples.record(lists, Runner(source / f"{RANKER.role}.onnx").run, source / m.PROBES)
         ann = write_index(run.tables.vectors[1:], asked, source / m.ANN)
-        progress.step(STAGE, 7, STEPS, recall_at_10=ann.recall_at_10)
+        progress.step(STAGE, STEPS - 1, STEPS, recall_at_10=ann.recall_at_10)
         facts = m.Facts(
             dataset=dataset.meta.name,
             dataset_digest=dataset.meta.digest,
             training_digest=run.facts.digest,
             key_epoch=dataset.meta.key_epoch,
             created_ms=now_ms(),
-            quality=run.quality,
+            quality=quality,
             parity=parity,
             ann=ann,
             requires=m.Requires(onnxruntime=ONNXRUNTIME),
@@ -167,12 +195,13 @@ def check_parity(
 ) -> tuple[dict[str, m.Parity], Array, list[samples.RankedList]]:
     """Parity of each `<role>.onnx` in `folder`, and what was made on the way.
 
-    That is the vectors of users and queries, [Q, D], and the lists that the ranker was asked for.
+    That is the vectors of users and queries, [Q, D], and the lists that the ranker was asked for; these are what
+    the student is quantised by, before it is compared.
 
     Raises ParityFault at the first model that differs, or when the item tower does not give the
     vectors that the run's tables hold.
     """
-    runners = {signature.role: Runner(folder / f"{signature.role}.onnx") for signature in SIGNATURES}
+    runners = {one.role: Runner(_graph(folder, one)) for one in SIGNATURES if one is not STUDENT}
     vectors = run.tables.vectors  # [N + 1, D]
     states = samples.user_states(dataset)
 
@@ -213,11 +242,54 @@ def check_parity(
             "training read other texts, prices or ages"
         )
     lists = samples.ranked_lists(states, exported_users, run.tables, run.schema)
-    parity[RANKER.role] = _compare_rankers(run, runners, lists)
+    parity[RANKER.role] = _compare_rankers(run, runners, RANKER, lists, Limits(error=PROBABILITY_LIMIT))
+    batches = [{"sparse": one.sparse, "dense": one.dense} for one in lists]
+    quantise(_graph(folder, STUDENT), folder / f"{STUDENT.role}.onnx", batches or [_nothing(STUDENT)])
+    _graph(folder, STUDENT).unlink()
+    runners[STUDENT.role] = Runner(folder / f"{STUDENT.role}.onnx")
+    limits = Limits(error=STUDENT_LIMIT, agreement=STUDENT_AGREEMENT_FLOOR)
+    parity[STUDENT.role] = _compare_rankers(run, runners, STUDENT, lists, limits)
     return parity, np.concatenate((exported_users, exported_queries)), lists
 
 
-def _compare_rankers(run: TrainedRun, runners: Mapping[str, Runner], lists: list[samples.RankedList]) -> m.Parity:
+def measured(run: TrainedRun, folder: Path) -> QualityReport:
+    """The run's quality with the ladder as the exported ranker and student make it.
+
+    Raises ExportFault when the student loses more than its budget.
+    """
+    mean, scale = (np.array(values, np.float32) for values in (run.schema.dense_mean, run.schema.dense_scale))
+    inputs = {"sparse": run.lists.sparse.astype(np.int64), "dense": (run.lists.dense - mean) / scale}
+    scores: dict[int, Array] = {
+        rung: Runner(folder / f"{one.role}.onnx").run_in_batches(inputs, one.max_batch)[:, 0]
+        for rung, one in ((Rung.FULL_RANKER, RANKER), (Rung.DISTILLED_RANKER, STUDENT))
+    }
+    rungs = ladder.measure(run.lists, scores)
+    if fault := ladder.student_fault(rungs):
+        raise ExportFault(
+            f"the student is no rung of the ladder: {fault}",
+            "nothing was written; train again with more `--student-epochs`, or on a log of more people",
+        )
+    said = [*run.quality.statements, *ladder.statements(rungs)]
+    return msgspec.structs.replace(run.quality, rungs=rungs, statements=said)
+
+
+def _graph(folder: Path, signature: Signature) -> Path:
+    """Where a model lies as torch gave it; the student is not yet what a bundle holds."""
+    return folder / f"{signature.role}{'.float' if signature is STUDENT else ''}.onnx"
+
+
+def _nothing(signature: Signature) -> dict[str, Array]:
+    """One row about nobody and nothing."""
+    return {spec.name: np.zeros((1, *spec.shape), spec.dtype) for spec in signature.inputs}
+
+
+def _compare_rankers(
+    run: TrainedRun,
+    runners: Mapping[str, Runner],
+    signature: Signature,
+    lists: list[samples.RankedList],
+    limits: Limits,
+) -> m.Parity:
     width = max((len(one.sparse) for one in lists), default=0)
     joined = {
         name: np.concatenate([getattr(one, name) for one in lists])
@@ -225,20 +297,14 @@ def _compare_rankers(run: TrainedRun, runners: Mapping[str, Runner], lists: list
         else np.zeros((0, *RANKER.inputs[place].shape), RANKER.inputs[place].dtype)
         for place, name in enumerate(("sparse", "dense"))
     }
-    trained, exported = _both(run, runners, RANKER.role, joined)
+    trained, exported = _both(run, runners, signature.role, joined)
     scores = tuple(np.full((len(lists), width), -np.inf) for _ in range(2))
     at = 0
     for row, one in enumerate(lists):
         for table, answer in zip(scores, (trained, exported), strict=True):
             table[row, : len(one.sparse)] = answer[at : at + len(one.sparse), 0]
         at += len(one.sparse)
-    return compare(
-        RANKER.role,
-        trained=trained,
-        exported=exported,
-        scores=(scores[0], scores[1]),
-        limits=Limits(error=PROBABILITY_LIMIT),
-    )
+    return compare(signature.role, trained=trained, exported=exported, scores=(scores[0], scores[1]), limits=limits)
 
 
 def _both(

@@ -1,7 +1,8 @@
 """Is the exported model the trained one? Both are asked the same real inputs, and both numbers and orders compared.
 
 Numbers differ in the last bits, because operators are fused and summed in another order; limits say how
-much. Orders are what a person sees: the top k must stay the top k. Limits are for float32.
+much. Orders are what a person sees: the top k must stay the top k. Limits are for float32, but for the student's,
+which is compared across its quantisation to 8 bits: what that may cost is a budget, and the ladder's loss another.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ VECTOR_LIMIT: Final = 1e-4
 """Largest difference of one component of a tower's vector, relative to the largest component seen."""
 PROBABILITY_LIMIT: Final = 1e-4
 """Largest difference of a probability."""
+STUDENT_LIMIT: Final = 0.05
+"""The same for the student, INT8 against the trained one."""
+STUDENT_AGREEMENT_FLOOR: Final = 0.9
+"""Of its top k; 8 bits swap neighbours at the edge of it."""
 AGREEMENT_FLOOR: Final = 0.99
 """Ties may fall either way; more than one place in a hundred is no tie."""
 TOP_K: Final = 10

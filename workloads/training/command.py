@@ -59,6 +59,7 @@ def _arguments(argv: Sequence[str], parent: argparse.ArgumentParser) -> argparse
     parser.add_argument("--seed", type=int, default=defaults.seed, help="what all chance comes from")
     parser.add_argument("--rounds", type=int, help=f"rounds of the towers' first fit ({defaults.towers.rounds})")
     parser.add_argument("--epochs", type=int, help=f"passes of the ranker, at most ({defaults.ranker.epochs})")
+    parser.add_argument("--student-epochs", type=int, help=f"passes of the student ({defaults.student.epochs})")
     parser.add_argument("--slices", type=int, help=f"spans of time the ranker learns from ({defaults.slices})")
     parser.add_argument("--threads", type=int, help=f"threads of torch ({defaults.threads})")
     parser.add_argument("--small", action="store_true", help="a fraction of the work, for trying things out")
@@ -67,10 +68,10 @@ def _arguments(argv: Sequence[str], parent: argparse.ArgumentParser) -> argparse
 
 
 def _config(arguments: argparse.Namespace) -> TrainingConfig:
-    for name in ("rounds", "epochs", "slices", "threads"):
+    for name in ("rounds", "epochs", "student_epochs", "slices", "threads"):
         value = getattr(arguments, name)
         if value is not None and not 1 <= value <= 1000:
-            raise _SettingError(f"--{name} {value}: must be 1 to 1000")
+            raise _SettingError(f"--{name.replace('_', '-')} {value}: must be 1 to 1000")
     if not 0 <= arguments.seed < 2**31:
         raise _SettingError(f"--seed {arguments.seed}: must be 0 to {2**31 - 1}")
     config = TrainingConfig(seed=arguments.seed)
@@ -81,6 +82,8 @@ def _config(arguments: argparse.Namespace) -> TrainingConfig:
         config = replace(config, towers=replace(config.towers, rounds=arguments.rounds))
     if arguments.epochs is not None:
         config = replace(config, ranker=replace(config.ranker, epochs=arguments.epochs))
+    if arguments.student_epochs is not None:
+        config = replace(config, student=replace(config.student, epochs=arguments.student_epochs))
     if arguments.slices is not None:
         config = replace(config, slices=arguments.slices)
     if arguments.threads is not None:

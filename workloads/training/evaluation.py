@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from workloads.contract.quality import QualityRow, RankerQuality
+from workloads.contract.quality import Protocol, QualityRow, RankerQuality
 from workloads.contract.tensors import PAD
 from workloads.data.features import UserState, raw_features
-from workloads.data.fusion import Candidates, item_to_item_dense, touch_weights
+from workloads.data.fusion import item_to_item_dense, touch_weights
 from workloads.models import metrics, popularity
+from workloads.models.ladder import ASKED, PROTOCOLS, K, RankedLists
 from workloads.training.lists import NOTHING, Items, Shop, nearest
 from workloads.training.requests import Requests
 
@@ -28,8 +29,6 @@ KS: Final = (10, 20)
 COVERAGE_K: Final = 20
 SHOWN: Final = max(KS)
 RUNGS: Final = {"ours": 1, "fused": 3, "traditional": 4}
-Protocol = Literal["novel", "repeats"]
-PROTOCOLS: Final[tuple[Protocol, ...]] = ("novel", "repeats")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +41,19 @@ class Asked:
 
     def __len__(self) -> int:
         return len(self.requests)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ranked:
+    """One request's candidates as the ranker read them."""
+
+    protocol: Protocol
+    items: Items
+    sparse: npt.NDArray[np.integer[Any]]
+    dense: Floats
+    wanted: Items
+    traditional: float
+    """NDCG@10 of rung 4's list."""
 
 
 Score = Callable[[npt.NDArray[np.int64], Floats], Floats]
@@ -63,29 +75,31 @@ def knn_order(shop: Shop, state: UserState, exclude: Items, boost: float) -> Ite
 
 def table(
     shop: Shop, asked: Asked, score: Score, *, knn_boost: float, heard: Callable[[int], None]
-) -> tuple[list[QualityRow], RankerQuality]:
-    """A row per recommender and protocol, and the ranker's pointwise quality on the lists that it ranked."""
+) -> tuple[list[QualityRow], RankerQuality, RankedLists]:
+    """A row per recommender and protocol, the ranker's pointwise quality on its lists of `novel`, and all its lists."""
     tables = shop.tables
     by_popularity = _ordered(tables.popularity)
     by_recent = _ordered(tables.popularity_recent)
     lists: dict[tuple[str, Protocol], list[Items]] = {}
     relevant: dict[Protocol, list[Items]] = {protocol: [] for protocol in PROTOCOLS}
-    pending: list[tuple[Protocol, Candidates, npt.NDArray[np.int64], Floats, Items]] = []
+    pending: list[_Ranked] = []
+    kept: list[_Ranked] = []
     judged: list[tuple[npt.NDArray[np.int8], Floats]] = []
 
     def rank() -> None:
         """Score the pending lists in one batch: the ranker is quicker on many rows."""
         if not pending:
             return
-        answers = score(np.concatenate([p[2] for p in pending]), np.concatenate([p[3] for p in pending]))
+        answers = score(np.concatenate([p.sparse for p in pending]), np.concatenate([p.dense for p in pending]))
         at = 0
-        for protocol, found, sparse, _, wanted in pending:
-            own = answers[at : at + len(sparse)]
-            at += len(sparse)
+        for one in pending:
+            own = answers[at : at + len(one.sparse)]
+            at += len(one.sparse)
             order = np.argsort(-own, kind="stable")[:SHOWN]
-            lists.setdefault(("ours", protocol), []).append(found.items[order])
-            if protocol == "novel":
-                judged.append((np.isin(found.items, wanted).astype(np.int8), own))
+            lists.setdefault(("ours", one.protocol), []).append(one.items[order])
+            if one.protocol == "novel":
+                judged.append((np.isin(one.items, one.wanted).astype(np.int8), own))
+            kept.append(dataclasses.replace(one, sparse=one.sparse.astype(np.int32)))
         pending.clear()
 
     for number, (state, vector, ann) in enumerate(
@@ -112,7 +126,8 @@ def table(
             for name, items in answers.items():
                 lists.setdefault((name, protocol), []).append(items)
             sparse, dense = raw_features(state, found, tables)
-            pending.append((protocol, found, sparse, dense, left))
+            worth = metrics.ndcg_at(answers["traditional"], left, K)
+            pending.append(_Ranked(protocol, found.items, sparse, dense, left, worth))
         if len(pending) >= 128:
             rank()
         heard(number + 1)
@@ -129,7 +144,20 @@ def table(
         )
         for (name, protocol), shown in sorted(lists.items(), key=lambda entry: (entry[0][1], entry[0][0]))
     ]
-    return rows, ranker_quality(judged)
+    return rows, ranker_quality(judged), _joined(kept)
+
+
+def _joined(kept: Sequence[_Ranked]) -> RankedLists:
+    """Of at least one list."""
+    return RankedLists(
+        protocol=np.array([PROTOCOLS.index(one.protocol) for one in kept], dtype=np.int8),
+        offsets=np.r_[0, np.cumsum([len(one.items) for one in kept])].astype(np.int64),
+        sparse=np.concatenate([one.sparse for one in kept]).astype(np.int32),
+        dense=np.concatenate([one.dense for one in kept]),
+        wanted=np.concatenate([one.wanted for one in kept]).astype(np.int32),
+        wanted_offsets=np.r_[0, np.cumsum([len(one.wanted) for one in kept])].astype(np.int64),
+        traditional=np.array([one.traditional for one in kept], dtype=np.float32),
+    )
 
 
 def ranker_quality(judged: Sequence[tuple[npt.NDArray[np.int8], Floats]]) -> RankerQuality:
@@ -173,14 +201,13 @@ def statements(rows: Sequence[QualityRow]) -> list[str]:
     """The table in plain words, made from it."""
     cells = {(row.name, row.protocol): row for row in rows}
     said = []
-    asks = {"novel": "items the person had not bought", "repeats": "all items, repeats included"}
     for protocol in PROTOCOLS:
         ours = cells.get(("ours", protocol))
         if ours is None:
             continue
         own = ours.metrics["recall@20"]
         said.append(
-            f"Asked for {asks[protocol]}, ours finds {own:.1%} of them in 20 places ({ours.requests} requests)."
+            f"Asked for {ASKED[protocol]}, ours finds {own:.1%} of them in 20 places ({ours.requests} requests)."
         )
         others = {"item_knn": "item-kNN", "popularity_30d": "the popularity of the last 30 days"}
         others |= (
@@ -191,12 +218,12 @@ def statements(rows: Sequence[QualityRow]) -> list[str]:
             if other > 0:
                 verdict = "BELOW" if own < other else "above"
                 said.append(
-                    f"Asked for {asks[protocol]}, ours is {verdict} {called}: {own / other:.2f} times its {other:.4f}."
+                    f"Asked for {ASKED[protocol]}, ours is {verdict} {called}: {own / other:.2f} times its {other:.4f}."
                 )
         fused = cells["fused", protocol].metrics["recall@20"]
         if own < fused:
             said.append(
-                f"Asked for {asks[protocol]}, the ranker loses to the order it is given: {own:.4f} after {fused:.4f}."
+                f"Asked for {ASKED[protocol]}, the ranker loses to the order it is given: {own:.4f} after {fused:.4f}."
             )
     search = cells.get(("two_tower", "search"))
     if search is not None:

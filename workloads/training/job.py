@@ -4,9 +4,9 @@ Temporal stacking: the log up to the end of training is followed by slices as lo
 the start of each slice the towers and tables of what had happened by then are made (the towers go on
 from the slice before), and the slice's requests get the candidate lists that would have been served
 from them. The ranker learns from the lists of the training slices, is stopped early by the validation
-slice, and then reads the validation lists once. What is served, and measured on the test part, are
-towers and tables of everything before the test part, and that ranker. The half-life of taste, the
-weights of fusion and the boost of the kNN row are chosen on the first slice.
+slice, and then reads the validation lists once; the student learns from the ranker on the same rows. What is
+served, and measured on the test part, are towers and tables of everything before the test part, that ranker and
+that student. The half-life of taste, the weights of fusion and the boost of the kNN row are chosen on the first slice.
 """
 
 from __future__ import annotations
@@ -29,18 +29,22 @@ from torch import Tensor
 
 from workloads.contract.http import SOURCES
 from workloads.contract.quality import QualityReport
+from workloads.contract.slo import Rung
 from workloads.contract.tensors import ITEM_TABLES, PAD, FeatureSchema
 from workloads.data.dataset import Dataset
 from workloads.data.features import ItemTables, UserState
 from workloads.data.fusion import WEIGHTS
-from workloads.models import metrics, ranker, two_tower
+from workloads.models import ladder, metrics, ranker, student, two_tower
 from workloads.models.item_knn import ItemKnnConfig
+from workloads.models.ladder import LADDER_FILE, RankedLists
 from workloads.models.ranker import Ranker, RankerConfig
+from workloads.models.student import Student, StudentConfig
 from workloads.models.text import token_table
 from workloads.models.two_tower import TwoTower, TwoTowerConfig
 from workloads.telemetry.progress import Progress
-from workloads.training import evaluation, ranking, towers
+from workloads.training import distilling, evaluation, ranking, towers
 from workloads.training.checkpoints import CHECKPOINTS, Checkpoints, draft_of, settle, write_whole
+from workloads.training.distilling import StudentTraining
 from workloads.training.evaluation import Asked
 from workloads.training.journal import Ints, read
 from workloads.training.lists import NOTHING, Items, RankRows, Shop, nearest, shown_rows, wanted_rows
@@ -49,7 +53,7 @@ from workloads.training.requests import People, Requests, requests_of, tower_inp
 from workloads.training.snapshots import item_tower_inputs, tables_at
 from workloads.training.towers import TowerData, TowerTraining, as_tensors, user_vectors
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Of the method: a change here makes another run of the same data set and settings."""
 WEIGHTS_DIR: Final = "weights"
 FEATURES: Final = "features.json"
@@ -73,6 +77,7 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Tried for the neighbours; the towers look back at most twice as far."""
     towers: TowerTraining = TowerTraining()
     ranker: RankerTraining = RankerTraining()
+    student: StudentTraining = StudentTraining()
     choice_requests: int = 400
     """Requests of the first slice that choices are made on."""
     test_requests: int = 2500
@@ -165,7 +170,12 @@ class _Run:
         self.progress = progress
         self.checkpoints = Checkpoints(draft / CHECKPOINTS)
         self.durations: dict[str, float] = {}
-        self.curves: dict[str, list[float]] = {"towers_loss": [], "ranker_loss": [], "ranker_auc": []}
+        self.curves: dict[str, list[float]] = {
+            "towers_loss": [],
+            "ranker_loss": [],
+            "ranker_auc": [],
+            "student_loss": [],
+        }
         self.chosen: dict[str, float] = {}
         self.meta = dataset.meta
         self.catalogue, self.journal = read(dataset)
@@ -186,9 +196,12 @@ class _Run:
             rows, validation = self._make_lists(slices)
         with self._step("ranker"):
             model, schema = self._fit_ranker(rows, validation, slices[-1].start_ms)
+        with self._step("student"):
+            pupil = self._fit_student(model, RankRows.join((rows, validation)), schema)
         with self._step("evaluate"):
-            report = self._evaluate(slices[-1], model, schema)
-        self._write(slices[-1], model, schema, report)
+            report, lists = self._evaluate(slices[-1], model, pupil, schema)
+        lists.save(self.draft / LADDER_FILE)
+        self._write(slices[-1], model, pupil, schema, report)
 
     @contextlib.contextmanager
     def _step(self, name: str) -> Iterator[None]:
@@ -526,22 +539,69 @@ class _Run:
         )
         return model, schema
 
+    def _fit_student(self, teacher: Ranker, rows: RankRows, schema: FeatureSchema) -> Student:
+        """A student of the finished ranker, taught on all rows that the ranker read."""
+        config = self.config.student
+        mean, scale = _standard(schema)
+        taught = distilling.lesson(teacher, rows, (rows.dense - mean) / scale)
+        torch.manual_seed(self.config.seed)
+        model = Student(
+            StudentConfig(
+                items=schema.items,
+                categories=len(schema.categories),
+                price_bands=len(schema.price_edges) + 1,
+                sources=len(SOURCES),
+            )
+        )
+        distilling.begin(model, taught)
+        optimiser = torch.optim.AdamW(
+            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        )
+        first = 0
+        saved = self.checkpoints.load("student")
+        if saved is not None:
+            model.load_state_dict(saved["model"])
+            optimiser.load_state_dict(saved["optimiser"])
+            self.curves["student_loss"] = list(saved["student_loss"])
+            first = int(saved["epoch"])
+        for epoch in range(first, config.epochs):
+
+            def heard(share: float, difference: float, epoch: int = epoch) -> None:
+                self.progress.step("student", epoch + share, config.epochs, "passes", difference=difference)
+
+            difference = distilling.teach_epoch(
+                model, optimiser, taught, config, epoch=epoch, seed=self.config.seed, heard=heard
+            )
+            self.curves["student_loss"].append(difference)
+            self.checkpoints.save(
+                "student",
+                {
+                    "epoch": epoch + 1,
+                    "model": model.state_dict(),
+                    "optimiser": optimiser.state_dict(),
+                    "student_loss": self.curves["student_loss"],
+                },
+            )
+        return model.eval()
+
     # --- quality and files ------------------------------------------------------------------------
 
-    def _evaluate(self, last: Slice, model: Ranker, schema: FeatureSchema) -> QualityReport:
-        """The table on the test part."""
+    def _evaluate(
+        self, last: Slice, model: Ranker, pupil: Student, schema: FeatureSchema
+    ) -> tuple[QualityReport, RankedLists]:
+        """The table on the test part, and the lists behind the ladder in it; its student has not been quantised."""
         towers_model = TwoTower(TwoTowerConfig(items=self.catalogue.items, categories=len(self.catalogue.categories)))
         towers_model.load_state_dict(last.model)
         requests, states = self._returning(last.start_ms, last.end_ms, self.config.test_requests, 13)
         if not len(requests):
             raise DatasetTooSmallError("nobody with a history comes back in the test part: nothing can be measured")
         asked = Asked(requests, states, user_vectors(towers_model, as_tensors(tower_inputs(states))))
-        mean, scale = (np.array(values, dtype=np.float32) for values in (schema.dense_mean, schema.dense_scale))
+        mean, scale = _standard(schema)
 
         def score(sparse: Ints, dense: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
             return ranking.probabilities(model, sparse, (dense - mean) / scale)
 
-        rows, quality = evaluation.table(
+        rows, quality, lists = evaluation.table(
             last.shop,
             asked,
             score,
@@ -557,15 +617,26 @@ class _Run:
             with torch.no_grad():
                 queries = towers_model.eval().query(tokens).numpy()
             rows += evaluation.search_rows(last.shop, queries, found.item)
-        return QualityReport(dataset=self.meta.name, rows=rows, ranker=quality, statements=evaluation.statements(rows))
+        sparse, scaled = lists.sparse.astype(np.int64), (lists.dense - mean) / scale
+        models: dict[int, Ranker | Student] = {Rung.FULL_RANKER: model, Rung.DISTILLED_RANKER: pupil}
+        scores = {rung: ranking.probabilities(one, sparse, scaled) for rung, one in models.items()}
+        report = QualityReport(
+            dataset=self.meta.name,
+            rows=rows,
+            ranker=quality,
+            statements=evaluation.statements(rows),
+            rungs=ladder.measure(lists, scores),
+        )
+        return report, lists
 
-    def _write(self, last: Slice, model: Ranker, schema: FeatureSchema, report: QualityReport) -> None:
+    def _write(self, last: Slice, model: Ranker, pupil: Student, schema: FeatureSchema, report: QualityReport) -> None:
         weights = self.draft / WEIGHTS_DIR
         weights.mkdir(exist_ok=True)
         towers_model = TwoTower(TwoTowerConfig(items=self.catalogue.items, categories=len(self.catalogue.categories)))
         towers_model.load_state_dict(last.model)
         two_tower.save(towers_model, weights)
         ranker.save(model, weights)
+        student.save(pupil, weights)
         tables = {name: np.ascontiguousarray(getattr(last.shop.tables, name)) for name in ITEM_TABLES}
         tables["in_stock"] = self.catalogue.in_stock
         save_file(tables, self.draft / TABLES)
@@ -586,6 +657,11 @@ class _Run:
         )
         for name, content in ((FEATURES, schema), (METRICS, report), (CURVES, self.curves), (FACTS, facts)):
             write_whole(self.draft / name, msgspec.json.format(msgspec.json.encode(content), indent=1))
+
+
+def _standard(schema: FeatureSchema) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Mean and scale [F_d] of the dense features."""
+    return np.array(schema.dense_mean, dtype=np.float32), np.array(schema.dense_scale, dtype=np.float32)
 
 
 def _both_ways(states: Sequence[UserState]) -> Iterator[tuple[UserState, Items]]:

@@ -17,6 +17,7 @@ from torch.nn import functional as F  # noqa: N812 - the name all of torch's doc
 
 from workloads.models import metrics
 from workloads.models.ranker import Ranker
+from workloads.models.student import Student
 from workloads.training.lists import RankRows
 
 Floats = npt.NDArray[np.float32]
@@ -86,9 +87,9 @@ def fit_epoch(
 
 @torch.no_grad()
 def probabilities(
-    model: Ranker, sparse: npt.NDArray[np.int64], scaled: Floats, batch: int = 16_384
+    model: Ranker | Student, sparse: npt.NDArray[np.int64], scaled: Floats, batch: int = 16_384
 ) -> npt.NDArray[np.float32]:
-    """The ranker's answer [n] to rows with standardised dense features, as it will be served."""
+    """The model's answer [n] to rows with standardised dense features, as it will be served."""
     model.eval()
     parts: list[npt.NDArray[Any]] = [
         model(torch.from_numpy(sparse[at : at + batch]), torch.from_numpy(scaled[at : at + batch])).numpy()[:, 0]

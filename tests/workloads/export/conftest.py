@@ -13,12 +13,13 @@ from safetensors.numpy import save_file
 
 from workloads.contract.http import SOURCES
 from workloads.contract.quality import QualityReport, QualityRow, RankerQuality
-from workloads.contract.tensors import NEIGHBOURS, RANKER_DENSE, VECTOR_DIM, FeatureSchema
+from workloads.contract.tensors import NEIGHBOURS, RANKER_DENSE, RANKER_SPARSE, VECTOR_DIM, FeatureSchema
 from workloads.data.__main__ import main as prepare_data
 from workloads.data.dataset import Dataset
 from workloads.data.features import ItemTables, price_bands
 from workloads.export.samples import catalogue_inputs
-from workloads.models import ranker, two_tower
+from workloads.models import ranker, student, two_tower
+from workloads.models.ladder import LADDER_FILE, RankedLists
 
 
 @contextlib.contextmanager
@@ -74,6 +75,21 @@ def _tables(dataset: Dataset, random: np.random.Generator) -> dict[str, np.ndarr
     }
 
 
+def _lists(items: int, random: np.random.Generator, count: int = 80, long: int = 30) -> RankedLists:
+    """Test requests that wanted all their candidates: no order of them is worse than another."""
+    sparse = np.zeros((count, long, len(RANKER_SPARSE)), np.int32)
+    sparse[:, :, RANKER_SPARSE.index("item")] = [random.permutation(items)[:long] + 1 for _ in range(count)]
+    return RankedLists(
+        protocol=(np.arange(count) % 2).astype(np.int8),
+        offsets=np.arange(count + 1) * long,
+        sparse=sparse.reshape(-1, len(RANKER_SPARSE)),
+        dense=random.normal(size=(count * long, len(RANKER_DENSE))).astype(np.float32),
+        wanted=sparse[:, :, RANKER_SPARSE.index("item")].reshape(-1),
+        wanted_offsets=np.arange(count + 1) * long,
+        traditional=np.full(count, 0.5, np.float32),
+    )
+
+
 @pytest.fixture(scope="session")
 def training(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `python -m workloads.training` leaves; read only."""
@@ -97,6 +113,13 @@ def training(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path
     two_tower.save(towers, directory / "weights")
     config = ranker.RankerConfig(items=schema.items, categories=len(categories), price_bands=3, sources=len(SOURCES))
     ranker.save(ranker.Ranker(config), directory / "weights")
+    pupil = student.Student(
+        student.StudentConfig(items=schema.items, categories=len(categories), price_bands=3, sources=len(SOURCES))
+    )
+    with torch.no_grad():
+        pupil.head.weight *= 10  # it has learned nothing, and is to say different things of different rows
+    student.save(pupil, directory / "weights")
+    _lists(schema.items, random).save(directory / LADDER_FILE)
     rows = [
         QualityRow(name=name, protocol="novel", rung=rung, metrics={"recall@20": recall, "ndcg@10": recall}, requests=9)
         for name, rung, recall in (("popularity", None, 0.11), ("item_knn", 4, 0.21), ("ours", 1, 0.31))

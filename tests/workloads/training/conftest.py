@@ -51,6 +51,7 @@ def quick() -> TrainingConfig:
         half_lives_days=(60.0,),
         towers=replace(config.towers, rounds=2, refit_rounds=1, batch=32, uniform=32, query_batch=32, requests=2_000),
         ranker=replace(config.ranker, epochs=2, lists=150, shown_lists=60, validation_lists=60, batch=512),
+        student=replace(config.student, epochs=3),
         choice_requests=30,
         test_requests=80,
         test_queries=40,

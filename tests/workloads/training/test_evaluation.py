@@ -8,6 +8,7 @@ import pytest
 from workloads.contract.quality import Protocol, QualityRow
 from workloads.contract.tensors import NEIGHBOURS, VECTOR_DIM
 from workloads.data.features import DAY_MS, EVENT_TYPES, ItemTables, UserState
+from workloads.models.ladder import PROTOCOLS, measure
 from workloads.training.evaluation import Asked, knn_order, ranker_quality, search_rows, statements, table
 from workloads.training.lists import NOTHING, Shop
 from workloads.training.requests import Requests
@@ -77,7 +78,7 @@ def by_item(sparse: np.ndarray, dense: np.ndarray) -> np.ndarray:
 
 
 def test_each_recommender_is_judged_by_its_own_list(shop: Shop):
-    rows, _ = table(shop, asked((state(1, 2), [1, 41, 50])), by_item, knn_boost=3.0, heard=lambda _: None)
+    rows, *_ = table(shop, asked((state(1, 2), [1, 41, 50])), by_item, knn_boost=3.0, heard=lambda _: None)
     recall = {(row.name, row.protocol): row.metrics["recall@10"] for row in rows}
     # Popular is 1 to 10, lately 60 to 51, and 59 has the largest vector.
     assert recall["popularity", "repeats"] == pytest.approx(1 / 3)
@@ -92,16 +93,31 @@ def test_each_recommender_is_judged_by_its_own_list(shop: Shop):
 
 
 def test_a_request_with_nothing_new_is_no_novel_request(shop: Shop):
-    rows, _ = table(shop, asked((state(1), [1]), (state(2), [1, 30])), by_item, knn_boost=0.0, heard=lambda _: None)
+    rows, *_ = table(shop, asked((state(1), [1]), (state(2), [1, 30])), by_item, knn_boost=0.0, heard=lambda _: None)
     counts = {row.protocol: row.requests for row in rows}
     assert counts == {"novel": 1, "repeats": 2}
 
 
 def test_the_ranker_is_judged_on_the_lists_that_it_ranked(shop: Shop):
-    _, quality = table(shop, asked((state(1), [50]), (state(2), [49])), by_item, knn_boost=0.0, heard=lambda _: None)
+    _, quality, _ = table(shop, asked((state(1), [50]), (state(2), [49])), by_item, knn_boost=0.0, heard=lambda _: None)
     assert quality.auc > 0.95
     assert quality.rows == 2 * (ITEMS - 1)
     assert sum(count for _, _, count in quality.reliability) == quality.rows
+
+
+def test_the_lists_that_were_ranked_are_kept_with_what_was_wanted_and_what_rung_four_was_worth(shop: Shop):
+    rows, _, lists = table(
+        shop, asked((state(1), [1]), (state(2), [2, 30, 41])), by_item, knn_boost=0.0, heard=lambda _: None
+    )
+    assert [PROTOCOLS[number] for number in lists.protocol] == ["repeats", "novel", "repeats"]
+    assert [lists.wanted_of(place).tolist() for place in range(3)] == [[1], [30, 41], [2, 30, 41]]
+    assert 2 not in lists.sparse[lists.rows(1), 0], "bought before, and not asked for"
+    gain = {(row.name, row.protocol): row.metrics["ndcg@10"] for row in rows}
+    assert lists.traditional[1] == pytest.approx(gain["traditional", "novel"])
+    scores = by_item(lists.sparse, lists.dense)
+    for rung in measure(lists, {1: scores, 2: scores}):
+        name = {1: "ours", 2: "ours", 3: "fused", 4: "traditional"}[rung.rung]
+        assert rung.ndcg_at_10 == pytest.approx(gain[name, rung.protocol]), (rung.rung, rung.protocol)
 
 
 def test_a_ranker_that_met_no_wanted_candidate_is_not_judged():

@@ -21,11 +21,13 @@ from workloads.contract.quality import QualityReport
 from workloads.contract.tensors import ITEM_TABLES, USER_TOWER, FeatureSchema
 from workloads.data.dataset import Dataset
 from workloads.data.features import ItemTables
-from workloads.models import ranker, two_tower
+from workloads.models import ranker, student, two_tower
+from workloads.models.ladder import LADDER_FILE, PROTOCOLS, RankedLists, measure
 from workloads.telemetry.progress import FaultLine, Progress, ResultLine, parse
 from workloads.training import job
 from workloads.training.__main__ import main
 from workloads.training.job import TrainingConfig, TrainingFacts, digest_of, train
+from workloads.training.ranking import probabilities
 
 pytestmark = pytest.mark.real_parts
 
@@ -96,6 +98,26 @@ def test_the_report_has_every_row_on_the_same_requests(finished: Path):
     assert report.statements
 
 
+def test_the_ladder_is_measured_on_the_very_lists_of_the_table(finished: Path):
+    report = msgspec.json.decode((finished / job.METRICS).read_bytes(), type=QualityReport)
+    schema = msgspec.json.decode((finished / job.FEATURES).read_bytes(), type=FeatureSchema)
+    for protocol in PROTOCOLS:
+        rungs = {row.rung: row for row in report.rungs if row.protocol == protocol}
+        assert set(rungs) == {1, 2, 3, 4}
+        for rung, name in ((1, "ours"), (3, "fused"), (4, "traditional")):
+            assert rungs[rung].ndcg_at_10 == pytest.approx(report.metric(name, protocol, "ndcg@10"), abs=1e-6)
+        assert rungs[1].loss == 0.0
+        assert report.loss(2, protocol) == rungs[2].loss
+        assert {row.requests for row in rungs.values()} == {
+            row.requests for row in report.rows if row.protocol == protocol
+        }
+    lists = RankedLists.load(finished / LADDER_FILE)
+    mean, scale = (np.array(values, dtype=np.float32) for values in (schema.dense_mean, schema.dense_scale))
+    inputs = (lists.sparse.astype(np.int64), (lists.dense - mean) / scale)
+    models = {1: ranker.load(finished / job.WEIGHTS_DIR), 2: student.load(finished / job.WEIGHTS_DIR)}
+    assert measure(lists, {rung: probabilities(one, *inputs) for rung, one in models.items()}) == report.rungs
+
+
 def test_the_same_seed_gives_the_same_bytes(finished: Path, dataset: Dataset, quick: TrainingConfig, tmp_path: Path):
     again = train(dataset.path, tmp_path, quick, Progress(io.StringIO()))
     assert again.name == finished.name
@@ -128,7 +150,9 @@ class _Interrupting(io.StringIO):
         return super().write(text)
 
 
-@pytest.mark.parametrize(("at", "times"), [('"towers"', 2), ('"lists"', 1), ('"ranker"', 3), ('"evaluate"', 0)])
+@pytest.mark.parametrize(
+    ("at", "times"), [('"towers"', 2), ('"lists"', 1), ('"ranker"', 3), ('"student"', 2), ('"evaluate"', 0)]
+)
 def test_an_interrupted_run_goes_on_to_the_same_result(
     finished: Path, dataset: Dataset, quick: TrainingConfig, tmp_path: Path, at: str, times: int
 ):
@@ -180,7 +204,9 @@ def test_a_damaged_data_set_is_a_fault(dataset: Dataset, tmp_path: Path, capsys:
     assert "events.parquet was changed" in line.fault
 
 
-@pytest.mark.parametrize("option", [["--seed", "-1"], ["--rounds", "0"], ["--threads", "9999"]])
+@pytest.mark.parametrize(
+    "option", [["--seed", "-1"], ["--rounds", "0"], ["--student-epochs", "0"], ["--threads", "9999"]]
+)
 def test_an_option_out_of_range_is_a_fault_that_names_it(
     option: list[str], dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -55,7 +55,7 @@ def test_the_baselines_on_online_retail_are_those_that_others_measured(online_re
     vectors = np.zeros((len(known), shop.tables.vectors.shape[1]), dtype=np.float32)
     asked = Asked(requests.take(known), [states[at] for at in known], vectors)
 
-    rows, _ = table(
+    rows, *_ = table(
         shop, asked, lambda sparse, _dense: np.zeros(len(sparse), np.float32), knn_boost=3.0, heard=lambda _done: None
     )
     recall = {(row.name, row.protocol): row.metrics["recall@20"] for row in rows}
