@@ -48,7 +48,7 @@ from rankbridge.load import LoadFiles, LoadPlan
 from rankbridge.roles import Followed, Process
 from rankbridge.serving import Serving, home_digest
 from rankbridge.supervisor import Owner
-from rankbridge.tables import load_table, quality_table
+from rankbridge.tables import ladder_table, load_table, quality_table
 from rankbridge.verdict import BundleFacts, Crossing, DatasetFacts, Durability, LakeFacts, ProcessMemory, Verdict
 from workloads.bundle import manifest as manifests
 from workloads.contract.quality import QualityReport
@@ -361,6 +361,8 @@ class Rehearsal:
         out.print()
         if found.quality is not None:
             out.print(quality_table(found.quality))
+            if found.quality.rungs:
+                out.print(ladder_table(found.quality))
         if found.load is not None:
             out.print(load_table(found.load))
         if found.crossing is not None and found.crossing.served_after_s:

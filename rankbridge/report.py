@@ -22,7 +22,7 @@ from loadtests.samples import write_whole
 from rankbridge import plots
 from rankbridge.verdict import Crossing, Curve, Verdict
 from workloads.contract.quality import QualityRow
-from workloads.contract.slo import NEW_ITEM_MAX_S, SERVED_AFTER_MAX_S
+from workloads.contract.slo import NEW_ITEM_MAX_S, SERVED_AFTER_MAX_S, STUDENT_LOSS_MAX
 
 _ENDPOINT_COLOURS: Final = {
     "/v1/recommend": plots.SERIES[0],
@@ -121,6 +121,18 @@ class QualityTable(NamedTuple):
     lines: list[QualityLine]
 
 
+class LadderLine(NamedTuple):
+    """One rung under one protocol, measured."""
+
+    title: str
+    rung: str
+    gain: str
+    loss: str
+    error: str
+    auc: str
+    requests: int
+
+
 class Plot(NamedTuple):
     """A drawing, its title and a sentence for whoever cannot see it or wants to know more."""
 
@@ -145,6 +157,8 @@ def render(verdict: Verdict) -> str:
         headline=_headline(verdict),
         tiles=list(_tiles(verdict)),
         tables=list(_quality_tables(verdict)),
+        ladder=list(_ladder_lines(verdict)),
+        student_may_lose=_percent(STUDENT_LOSS_MAX),
         budgets=list(_held(verdict)),
         latency=list(_latency(load)) if load else [],
         stages=list(_stages(load)) if load else [],
@@ -411,6 +425,22 @@ def _quality_table(title: str, rows: Sequence[QualityRow]) -> QualityTable:
     ]
     headline = "recall@20" if "recall@20" in metrics else next(iter(metrics), "")
     return QualityTable(title, metrics, headline, lines)
+
+
+def _ladder_lines(verdict: Verdict) -> Iterable[LadderLine]:
+    """What a step down costs; the title stands at a protocol's first rung."""
+    before = ""
+    for row in verdict.quality.rungs if verdict.quality is not None else ():
+        yield LadderLine(
+            title=_PROTOCOLS[row.protocol] if row.protocol != before else "",
+            rung=f"{row.rung} {_RUNG_NAMES[str(row.rung)]}",
+            gain=f"{row.ndcg_at_10:.4f}",
+            loss=f"{row.loss:.1%}",
+            error=f"{row.loss_error:.1%}",
+            auc="" if row.auc is None else f"{row.auc:.4f}",
+            requests=row.requests,
+        )
+        before = row.protocol
 
 
 def _cell(value: float | None, best: float, top: float, name: str) -> Cell:

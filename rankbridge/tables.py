@@ -1,4 +1,4 @@
-"""The two tables that the terminal shows: how good, and how fast. The report has the rest."""
+"""The tables that the terminal shows: how good, what a step down costs, and how fast. The report has the rest."""
 
 from __future__ import annotations
 
@@ -27,6 +27,28 @@ def quality_table(report: QualityReport) -> Table:
             *cells,
             f"{row.requests:,}",
             style="bold" if row.name == "ours" else None,
+        )
+        before = row.protocol
+    return table
+
+
+def ladder_table(report: QualityReport) -> Table:
+    """What each rung loses against rung 1, per protocol."""
+    table = Table(title="the quality ladder, measured")
+    for column in ("protocol", "rung", "ndcg@10", "loss", "+-", "AUC", "requests"):
+        table.add_column(column, justify="left" if column == "protocol" else "right")
+    before = ""
+    for row in report.rungs:
+        if before and row.protocol != before:
+            table.add_section()
+        table.add_row(
+            row.protocol if row.protocol != before else "",
+            str(row.rung),
+            f"{row.ndcg_at_10:.4f}",
+            f"{row.loss:.1%}",
+            f"{row.loss_error:.1%}",
+            "" if row.auc is None else f"{row.auc:.4f}",
+            f"{row.requests:,}",
         )
         before = row.protocol
     return table

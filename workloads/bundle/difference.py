@@ -39,7 +39,7 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
     same_bytes: int
     """Of files that are in both: not sent again, not stored twice."""
     metrics: list[Changed]
-    """`<protocol>.<row>.<metric>`, and `ranker.<figure>`."""
+    """`<protocol>.<row>.<metric>`, `<protocol>.rung_<n>.loss` and `ranker.<figure>`."""
     features: list[Changed]
 
 
@@ -81,6 +81,7 @@ def _metrics(manifest: m.Manifest) -> dict[str, Value]:
     found: dict[str, Value] = {
         f"{row.protocol}.{row.name}.{metric}": value for row in quality.rows for metric, value in row.metrics.items()
     }
+    found |= {f"{row.protocol}.rung_{row.rung}.loss": row.loss for row in quality.rungs}
     for figure in ("auc", "log_loss", "calibration"):
         found[f"ranker.{figure}"] = getattr(quality.ranker, figure)
     found["ann.recall_at_10"] = manifest.ann.recall_at_10

@@ -95,6 +95,22 @@ def test_popularity_knn_and_ours_stand_in_one_table(good: str):
     assert "item-to-item kNN is better than ours" in Page(good).text
 
 
+def test_the_ladder_stands_with_what_each_step_down_costs(good: str, make_verdict: Make, good_verdict: Verdict):
+    table = re.findall(r'<table class="quality">.*?</table>', good, re.DOTALL)[-1]
+    words = re.sub(r"\s*<[^>]+>\s*", " ", table)
+    for said in (
+        "2 distilled ranker 0.0493 1.4% 0.4% 0.7768",
+        "3 retrieval score 0.0510 -2.1% 0.4% 0.7011",
+        "4 traditional recommender 0.0383 23.4% 0.4%",
+        "All items, repeats included",
+    ):
+        assert said in re.sub(r" +", " ", words), said
+    assert "Rung 2 may lose 5 %." in Page(good).text
+    assert good_verdict.quality is not None
+    without = make_verdict(quality=msgspec.structs.replace(good_verdict.quality, rungs=[]))
+    assert "What a step down the ladder costs" not in render(without)
+
+
 def test_every_part_of_a_verdict_is_on_the_page(good: str):
     text = Page(good).text
     for said in (
