@@ -47,8 +47,11 @@ AWS_BGP_HOLD: Final = 30
 """What AWS proposes, in seconds; BGP then uses the shorter hold time of both ends."""
 
 LIBIPSEC_DEVICE: Final = "ipsec0"
+LIBIPSEC_MTU: Final = 1_400
+"""charon takes so many bytes of a packet from its device, whatever the device's MTU is (strongSwan 5.9.8)."""
 
 _XML_LIMIT: Final = 65_536
+_ASKS: Final = 7
 _AWS_DPD_ASKS: Final = 3
 _AWAIT_DEVICE: Final = """{
         for _ in $(seq 100); do ip link show dev "$device" >/dev/null 2>&1 && break; sleep 0.1; done
@@ -226,11 +229,13 @@ def files(
 ) -> dict[str, str]:
     """All files of a site's router by path; `reachable` are the ranges it may learn through the tunnels.
 
-    `neighbours` are routers of the same site that learn from this one what it learns. Raises ValueError for several
-    tunnels on one daemon that encrypts by itself.
+    `neighbours` are routers of the same site that learn from this one what it learns. Raises ValueError for what a
+    daemon that encrypts by itself cannot do: several tunnels, and packets of more than 1,400 bytes.
     """
     if dataplane is Dataplane.LIBIPSEC and len(endpoints) != 1:
         raise ValueError(f"{len(endpoints)} tunnels: kernel-libipsec has one device for all, so it is given one tunnel")
+    if dataplane is Dataplane.LIBIPSEC and transport.mtu > LIBIPSEC_MTU:
+        raise ValueError(f"mtu {transport.mtu}: kernel-libipsec would cut packets off after {LIBIPSEC_MTU} bytes")
     numbered = [(FIRST_IF_ID + i, e) for i, e in enumerate(endpoints)]
     devices = [device(if_id, dataplane) for if_id, _ in numbered]
     return {
@@ -337,9 +342,9 @@ def _secret(site: Site, endpoint: Endpoint) -> str:
 def strongswan(site: Site, dataplane: Dataplane = Dataplane.XFRM) -> str:
     """Daemon settings: routes are BGP's business, and a dead peer is found 7 s after it leaves a question unanswered.
 
-    AWS's end asks as often and gives the peer its 30 s.
+    A question is asked again every second, so that a healed tunnel is made within one. AWS's end gives its peer 30 s.
     """
-    timeout, base = (AWS_DPD_TIMEOUT / _AWS_DPD_ASKS, 1.0) if site.is_cloud else (1.0, 2.0)
+    every, times = (AWS_DPD_TIMEOUT / _AWS_DPD_ASKS, _AWS_DPD_ASKS) if site.is_cloud else (1.0, _ASKS)
     # kernel-libipsec installs routes whatever it is told (5.9.8): only packets with a mark that nobody sets see them.
     plugins = """\
     plugins {
@@ -355,9 +360,9 @@ def strongswan(site: Site, dataplane: Dataplane = Dataplane.XFRM) -> str:
 charon {{
     install_routes = no
     install_virtual_ip = no
-    retransmit_timeout = {timeout:.1f}
-    retransmit_base = {base:.1f}
-    retransmit_tries = {_AWS_DPD_ASKS - 1}
+    retransmit_timeout = {every:.1f}
+    retransmit_base = 1.0
+    retransmit_tries = {times - 1}
 {plugins if dataplane is Dataplane.LIBIPSEC else ""}}}
 """
 

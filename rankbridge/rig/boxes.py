@@ -39,11 +39,11 @@ _START_WITHIN_S: Final = 15.0
 _GRACE_S: Final = 3.0
 _ASK_WITHIN_S: Final = 10.0
 _POLL_S: Final = 0.05
+_LOADED: Final = "loaded IKE shared key"
+_REFUSED_WITHIN_LINES: Final = 200
 _REFUSALS: Final = (
     ("AUTHENTICATION_FAILED", "the peer refused our proof: the pre-shared keys differ"),
-    ("calculated HASH does not match", "the peer's proof is not ours: the pre-shared keys differ"),
     ("MAC mismatched", "the peer's proof is not ours: the pre-shared keys differ"),
-    ("tried", "the peer's proof is not ours: the pre-shared keys differ"),
     ("no shared key found", "there is no key for this peer"),
     ("NO_PROPOSAL_CHOSEN", "the peers have no cipher in common"),
 )
@@ -217,9 +217,17 @@ class Box:
         self.daemons.stop(grace_s=0.0)
 
     def use_key(self, psk: str) -> None:
-        """Another pre-shared key, and the tunnel made anew with it. Raises DeskError, FaultsError for a bad key."""
+        """Another pre-shared key, and an end of what was made with the old one.
+
+        Raises DeskError, FaultsError for a key that could not be one.
+        """
         self._endpoint = dataclasses.replace(self._endpoint, psk=psk)
-        self._load(self.files(), anew=True)
+        self._load(self.files())
+        self._swanctl("--terminate", "--ike", self.name, "--force", "--timeout", "1", may_fail=True)
+
+    def call(self) -> None:
+        """Ask the peer for the tunnel, as an operator does after a refusal: charon itself takes no for an answer."""
+        self._swanctl("--initiate", "--child", self.name, "--timeout", "3", may_fail=True)
 
     def sa(self) -> Sa:
         """The tunnel, as charon says; the best one where there are several."""
@@ -238,13 +246,12 @@ class Box:
 
     def refusal(self) -> str | None:
         """Why the tunnel was refused last, in words; None when it was not since charon was told its keys."""
-        lines = [line for line in processes.tail(self.daemons.log("charon"), 200) if "[CFG] loaded IKE" not in line]
-        for line in reversed(lines):
+        for line in reversed(processes.tail(self._ike_log, _REFUSED_WITHIN_LINES)):
             if _LOADED in line or "established between" in line:
                 return None
             for mark, words in _REFUSALS:
                 if mark in line:
-                    return f"{words} ({line.split('] ', 1)[-1].strip()})"
+                    return f"{words} ({mark})"
         return None
 
     def _start_charon(self, files: Mapping[str, str]) -> None:
@@ -252,22 +259,24 @@ class Box:
         settings = folder / "strongswan.conf"
         settings.write_text(
             f"charon {{\n load = {_PLUGINS}\n plugins {{ vici {{ socket = {self._vici} }} }}\n"
-            " filelog { stdout { default = 1\n ike_name = yes\n time_format = %b %e %T\n flush_line = yes } }\n}\n"
+            f" filelog {{ ike {{ path = {self._ike_log}\n default = 1\n time_format = %b %e %T\n flush_line = yes }}\n"
+            " }\n}\n"
             "charon-systemd { journal { default = -1 } }\n" + files[render.STRONGSWAN]
         )
         socket = folder / "vici"
         socket.unlink(missing_ok=True)
         self.daemons.start("charon", [CHARON], socket.exists, STRONGSWAN_CONF=str(settings))
 
-    def _load(self, files: Mapping[str, str], *, anew: bool = False) -> None:
+    def _load(self, files: Mapping[str, str]) -> None:
         file = self.daemons.folder / "swanctl.conf"
         file.touch(mode=0o600)
         file.write_text(files[render.SWANCTL])
         self._swanctl("--load-creds", "--clear", "--noprompt", "--file", str(file))
-        if anew:
-            with_contents = ["--terminate", "--ike", self.name, "--force", "--timeout", "1"]
-            self._swanctl(*with_contents, may_fail=True)
         self._swanctl("--load-conns", "--file", str(file))
+
+    @property
+    def _ike_log(self) -> Path:
+        return self.daemons.log("ike")
 
     @property
     def _vici(self) -> str:
@@ -276,9 +285,6 @@ class Box:
     def _swanctl(self, *words: str, may_fail: bool = False) -> str:
         environment = {"STRONGSWAN_CONF": str(self.daemons.folder / "strongswan.conf")}
         return _run(["swanctl", *words, "--uri", self._vici], environment=environment, may_fail=may_fail)
-
-
-_LOADED: Final = "added vici connection"
 
 
 def core_settings(

@@ -126,11 +126,11 @@ def remove(wiring: Wiring) -> list[str]:
     """End what runs in a rig's namespaces and remove them with all that is theirs; the names of those there were."""
     found = [name for name in wiring.namespaces if (NAMED / name).exists()]
     _end_all(found)
-    for name in found:
-        _ip("netns", "delete", name)
-    for cable in wiring.cables:
+    for cable in wiring.cables:  # first: the kernel takes the others away with their namespaces, in its own time
         if cable.left is None and Path("/sys/class/net", cable.left_device).exists():
             _ip("link", "delete", cable.left_device)
+    for name in found:
+        _ip("netns", "delete", name)
     _clear_folder(wiring.slot)
     return found
 

@@ -23,7 +23,7 @@ import msgspec
 from infra import config, stackfile
 from infra.emulator import STACK, throw_away_secrets
 from infra.vpn.plan import Link, Transport, tunnel_mtu
-from infra.vpn.render import Endpoint
+from infra.vpn.render import LIBIPSEC_MTU, Endpoint
 from rankbridge.faults import DeskError
 from rankbridge.interrupts import shield
 from rankbridge.link import Shape
@@ -83,13 +83,13 @@ class Planned:
 
     @classmethod
     def of(cls, stack: str = STACK) -> Planned:
-        """From a foundation's stack file. ESP travels in UDP here, which leaves less room for packets."""
+        """From a foundation's stack file; ESP in UDP, and charon as the one who encrypts, take smaller packets."""
         given = throw_away_secrets() if stack == STACK else {}
         plan = config.read(stack, stackfile.values(stack) | given, frozenset(given))
         room = tunnel_mtu(plan.network.path_mtu, nat_traversal=True)
         transport = dataclasses.replace(
             plan.vpn.transport,
-            mtu=min(plan.network.mtu, room),
+            mtu=min(plan.network.mtu, room, LIBIPSEC_MTU),
             dpd_delay=DPD_S,
             bgp_keepalive=BGP_KEEPALIVE_S,
             bgp_hold=BGP_HOLD_S,
@@ -203,6 +203,20 @@ class Rig:
             for site in SiteName
         ]
         return "; ".join(words)
+
+    def use_key(self, site: SiteName, tunnel: int, psk: str) -> None:
+        """Give one end of a tunnel another key and have the tunnel made anew. Raises DeskError, FaultsError."""
+        self.boxes[site, tunnel].use_key(psk)
+        self.boxes[SiteName.ONPREM, tunnel].call()
+
+    def replace_box(self, site: SiteName, tunnel: int) -> None:
+        """A box loses its power, and another one takes its place: the peer is told nothing. Raises DeskError."""
+        before = self.passed(tunnel).shape
+        # Nobody may meet it half made: charon takes a peer's refusal for final, and this one knows no keys yet.
+        self.shape(Shape(cut=True), tunnel)
+        self.boxes[site, tunnel].stop()
+        self.boxes[site, tunnel].start()
+        self.shape(before, tunnel)
 
     @contextlib.contextmanager
     def watched(self, name: str = "packets") -> Iterator[Callable[[], Seen]]:
