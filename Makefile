@@ -32,9 +32,9 @@ rehearse: setup ## data to verdict; DATA=online-retail=PATH OUT=out ARGS="--rate
 	@$(EMULATOR) install --uv $(UV) || echo "going on without LocalStack; what needs it will say so" >&2
 	@$(BIN)/rankbridge rehearse --data "$(DATA)" --out "$(OUT)" --sites "$(SITES)" $(ARGS)
 
-faults: setup ## plant faults under load and judge them; FAULTS=F1,F8 OUT=out ARGS="..."
+faults: setup ## plant faults under load and judge them; FAULTS=F1,F8 SITES=netns (real tunnels, root) OUT=out
 	@$(EMULATOR) install --uv $(UV) || echo "going on without LocalStack; what needs it will say so" >&2
-	@$(BIN)/rankbridge faults --faults "$(FAULTS)" --out "$(OUT)" $(ARGS)
+	@$(BIN)/rankbridge faults --faults "$(FAULTS)" --out "$(OUT)" $(if $(filter netns,$(SITES)),--real-tunnels) $(ARGS)
 
 test: setup ## every test, real parts too; ARGS="-k name"
 	@$(BIN)/pytest $(ARGS)

@@ -36,6 +36,7 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
     """None: the request at this quantile failed, or there was none. The same holds for p99."""
     p99_ms: float | None
     rungs: dict[str, int]
+    """Of recommendations, which have the whole ladder."""
     ranked_at: dict[str, int]
 
     @property
@@ -44,12 +45,17 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
         return self.late / self.requests if self.requests else 0.0
 
     @property
+    def is_on_time(self) -> bool:
+        """Whether no more requests are late than may be; a single one is not a share of anything."""
+        return self.late <= max(1.0, LATE_SHARE_MAX * self.requests)
+
+    @property
     def is_calm(self) -> bool:
         """Whether all budgets held: everything answered, in time, at the best rung."""
         return (
             self.requests > 0
             and self.answered == self.requests
-            and self.late <= LATE_SHARE_MAX * self.requests
+            and self.is_on_time
             and self.below_best <= BELOW_BEST_RUNG_SHARE * self.requests
         )
 
@@ -76,7 +82,7 @@ def window(samples: Sequence[Sample], at_s: float) -> Window:
         below_best=sum(map(is_below_best, answered)),
         p50_ms=_finite(ordered, 0.5),
         p99_ms=_finite(ordered, 0.99),
-        rungs=dict(sorted(Counter(str(sample.rung) for sample in answered if sample.rung is not None).items())),
+        rungs=dict(sorted(Counter(str(sample.rung) for sample in answered if _has_ladder(sample)).items())),
         ranked_at=dict(sorted(Counter(sample.ranked_at for sample in answered if sample.ranked_at).items())),
     )
 
@@ -126,7 +132,7 @@ def recovered_after_s(samples: Iterable[Sample], since_s: float, end_s: float) -
 
 def on_time_after_s(samples: Iterable[Sample], since_s: float, end_s: float) -> float | None:
     """From a moment to the first second from which on, to the end, no second has more late requests than it may."""
-    late = [one for one in windows(samples, start_s=since_s, end_s=end_s) if one.late_share > LATE_SHARE_MAX]
+    late = [one for one in windows(samples, start_s=since_s, end_s=end_s) if not one.is_on_time]
     if not late:
         return 0.0
     after = late[-1].at_s + 1.0 - since_s
@@ -140,6 +146,10 @@ def goodput_per_s(samples: Iterable[Sample], start_s: float, end_s: float) -> fl
     if not asked:
         return 0.0
     return len(found) / (end_s - start_s) * sum(not is_late(sample) for sample in asked) / len(asked)
+
+
+def _has_ladder(sample: Sample) -> bool:
+    return sample.endpoint == Endpoint.RECOMMEND and sample.rung is not None
 
 
 def _finite(ordered: Sequence[float], share: float) -> float | None:

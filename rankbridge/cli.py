@@ -311,6 +311,9 @@ def faults_command(
         str, typer.Option("--faults", metavar="F1,F8", help="Which, by number or id; default: all.")
     ] = "",
     cut_seconds: Annotated[float, typer.Option(min=5, help="How long both tunnels are cut (F2).")] = 20.0,
+    real_tunnels: Annotated[
+        bool, typer.Option("--real-tunnels", help="Sites in network namespaces, two real tunnels between them (root).")
+    ] = False,
     out: OutOption = Path("out"),
     port: PortOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of requests and of moments of chance.")] = 1,
@@ -324,7 +327,16 @@ def faults_command(
     from rankbridge.drills import command  # noqa: PLC0415 - as in `rehearse`
 
     names = [name for name in faults.split(",") if name]
-    passed = command.run(_layout(), names=names, out=out, cut_s=cut_seconds, ports=port or (), seed=seed, console=_out)
+    passed = command.run(
+        _layout(),
+        names=names,
+        out=out,
+        cut_s=cut_seconds,
+        real_tunnels=real_tunnels,
+        ports=port or (),
+        seed=seed,
+        console=_out,
+    )
     raise typer.Exit(ExitCode.OK if passed else ExitCode.VERDICT_FAILED)
 
 
@@ -458,6 +470,71 @@ def bench_intake_command(
         folder=_layout().work, out=out, rounds=rounds or bench.ROUNDS, seconds=seconds or bench.SECONDS
     )
     bench.run(options, _out)
+
+
+@app.command(name="doctor")
+def doctor_command(
+    *,
+    stack: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE", help="Foundation whose plan is held against the path.")
+    ] = None,
+    here: Annotated[SiteName, typer.Option("--site", help="The site that this machine is at.")] = HOME.name,
+    peer: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="The other site's serving address; with --stack.")
+    ] = None,
+    echo: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS:PORT", help="Where `rankbridge doctor --answer` runs at the other site."),
+    ] = None,
+    answer: Annotated[
+        str | None, typer.Option(metavar="ADDRESS:PORT", help="Examine nothing: be the echo end until Ctrl-C.")
+    ] = None,
+    router: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COMMAND", help="Words before swanctl and vtysh, such as `ssh gw`; '' is here. Repeatable."
+        ),
+    ] = None,
+    name: Annotated[list[str] | None, typer.Option(metavar="HOST", help="A name to resolve. Repeatable.")] = None,
+    certificate: Annotated[
+        list[str] | None, typer.Option(metavar="FILE|HOST:PORT", help="A certificate to look at. Repeatable.")
+    ] = None,
+    clock: Annotated[
+        list[str] | None, typer.Option(metavar="URL", help="A server whose Date tells its clock. Repeatable.")
+    ] = None,
+    port: PortOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Examine the way between the sites: sizes, tunnels, routes, large calls, clocks, names, what expires.
+
+    Ends with 0 when nothing is at fault, 1 when something is, 2 when it cannot be examined. Without --stack both
+    sites are those of this machine, and what needs a tunnel is skipped.
+
+    Example: `rankbridge doctor --stack foundation-prod --peer 10.20.0.10 --echo 10.20.0.10:8085 --router ""`
+    """
+    from rankbridge.doctor import asked as wanted  # noqa: PLC0415 - as in `rehearse`
+    from rankbridge.doctor import examination, findings  # noqa: PLC0415 - as in `rehearse`
+
+    if answer is not None:
+        wanted.answer(answer, say=lambda text: _out.print(escape(text), soft_wrap=True))
+        return
+    given = wanted.Asked(
+        stack=stack,
+        here=here,
+        peer=peer,
+        echo=echo,
+        routers=tuple(router or ()),
+        names=tuple(name or ()),
+        certificates=tuple(certificate or ()),
+        clocks=tuple(clock or ()),
+        ports=tuple(port or ()),
+    )
+    found = examination.examine(wanted.options(_serving(), given))
+    if as_json:
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(found)).decode() + "\n")
+    else:
+        _out.print(findings.table(found))
+    raise typer.Exit(found.exit_code)
 
 
 @app.command()

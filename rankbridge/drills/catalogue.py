@@ -6,12 +6,13 @@ Bounds are the product's promises (`workloads.contract.slo`) or a step that the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from rankbridge.drills.evidence import (
     answers_at_rung,
     fact,
+    fact_within,
     goodput_at_least,
     hedges_at_most,
     late_at_most,
@@ -35,6 +36,7 @@ CUT_S: Final = 20.0
 ROUTE_MOVES_S: Final = 15.0
 """One tunnel cut: by then BGP has moved traffic, from home's side."""
 
+_BACK_S: Final = 30.0
 _GREY_TIMES: Final = 10.0
 _WAN: Final = Load(share=0.5, aws_share=0.25)
 _HOME: Final = HOME.name.value
@@ -51,6 +53,18 @@ def link(*shapes: tuple[Shape, int | None]) -> Script:
             scene.link.shape(shape, tunnel)
         yield during_s
         scene.link.heal()
+
+    return script
+
+
+def _one_tunnel(harm: Callable[[Scene], None], mend: Callable[[Scene], None]) -> Script:
+    """Tunnel 1 is harmed, and the route is watched as it leaves and comes back."""
+
+    def script(scene: Scene, during_s: float) -> Iterator[float]:
+        harm(scene)
+        yield during_s - scene.await_route(1, away=True, within_s=during_s)
+        mend(scene)
+        scene.await_route(1, away=False, within_s=_BACK_S)
 
     return script
 
@@ -153,6 +167,12 @@ def _alone(scene: Scene, during_s: float) -> Iterator[float]:
     scene.link.heal()
 
 
+_UNFELT: Final = (
+    refuses_nobody(),
+    late_at_most(0.001, of_at_least=1000),
+    answers_at_rung(Rung.DISTILLED_RANKER, at=_HOME),
+    recovers_within(5.0),
+)
 _LOSSY: Final = (
     refuses_nobody(),
     late_at_most(0.01),
@@ -165,13 +185,9 @@ FAULTS: Final[tuple[Fault, ...]] = (
         "F1",
         "one tunnel cut",
         "everything on tunnel 1 vanishes both ways; tunnel 2 carries on",
-        link((Shape(cut=True), 1)),
-        (
-            refuses_nobody(),
-            late_at_most(0.001, of_at_least=2000),
-            answers_at_rung(Rung.DISTILLED_RANKER, at=_HOME),
-            recovers_within(5.0),
-        ),
+        _one_tunnel(lambda scene: scene.link.shape(Shape(cut=True), 1), lambda scene: scene.link.heal()),
+        _UNFELT,
+        on_rig=(fact_within("route moved away", ROUTE_MOVES_S),),
         load=_WAN,
         during_s=ROUTE_MOVES_S + 5.0,
         requests=2000,
@@ -220,8 +236,12 @@ FAULTS: Final[tuple[Fault, ...]] = (
     Fault(
         "F4",
         "tunnel endpoint replaced",
-        "the cloud's box of tunnel 1 is ended and another takes its place",
-        None,
+        "the cloud's box of tunnel 1 is ended without a word and another takes its place",
+        _one_tunnel(lambda scene: scene.replace_endpoint(1), lambda _: None),
+        _UNFELT,
+        load=_WAN,
+        during_s=ROUTE_MOVES_S,
+        after_s=30.0,
         needs=(Need.RIG,),
     ),
     Fault(
@@ -247,7 +267,16 @@ FAULTS: Final[tuple[Fault, ...]] = (
         load=_WAN,
     ),
     Fault(
-        "F7", "wrong or expired key of a tunnel", "tunnel 1 is set up anew with another key", None, needs=(Need.RIG,)
+        "F7",
+        "wrong key of a tunnel",
+        "tunnel 1 is set up anew with a key at the cloud's end that home does not have; then with the right one",
+        _one_tunnel(lambda scene: scene.use_key(1, wrong=True), lambda scene: scene.use_key(1, wrong=False)),
+        _UNFELT,
+        on_rig=(fact_within("route moved away", ROUTE_MOVES_S),),
+        load=_WAN,
+        during_s=ROUTE_MOVES_S,
+        after_s=20.0,
+        needs=(Need.RIG,),
     ),
     Fault(
         "F8",
@@ -263,6 +292,7 @@ FAULTS: Final[tuple[Fault, ...]] = (
         "SIGSTOP to home's tritonserver and its children: connections stay, nothing is answered; then SIGCONT",
         _frozen,
         (refuses_nobody(), late_at_most(0.01), on_time_within(3.0), recovers_within(5.0)),
+        load=Load(share=0.5, at_least=100.0),
     ),
     Fault(
         "F10",

@@ -32,6 +32,7 @@ def run(
     names: Sequence[str],
     out: Path,
     cut_s: float,
+    real_tunnels: bool,
     ports: Sequence[str],
     seed: int,
     console: Console,
@@ -47,13 +48,16 @@ def run(
     def keep(found: Suite) -> None:
         suite.write(msgspec.structs.replace(found, kubernetes_s=kubernetes), out)
 
+    way = "two real tunnels" if real_tunnels else "a relay"
     with jobs.viewing(console) as view:
         console.print(
-            f"[bold]faults[/]: both sites come up, everything between them passes a relay; {len(faults)} to make"
+            f"[bold]faults[/]: both sites come up, everything between them passes {way}; {len(faults)} to make"
         )
-        with Sites(layout, ports=ports, form=form, view=view, say=say, seed=seed) as ground:
+        with Sites(
+            layout, ports=ports, cloud_form=form, real_tunnels=real_tunnels, view=view, say=say, seed=seed
+        ) as ground:
             driver = DriverProcess(out.absolute() / "drives", layout.root)
-            found = FaultSuite(ground, driver, say=say, seed=seed).run(faults, keep)
+            found = FaultSuite(ground, driver, say=say, seed=seed, form=ground.form.name).run(faults, keep)
     found = msgspec.structs.replace(found, kubernetes_s=kubernetes)
     suite.write(found, out)
     made = page.write(found, out)

@@ -246,3 +246,14 @@ def fact(name: str, expected: str, bound: str = "") -> Expectation:
         return Check(what=name, bound=bound or expected, measured=found, held=found == expected)
 
     return check
+
+
+def fact_within(name: str, seconds: float) -> Expectation:
+    """A script measured so many seconds at the most."""
+
+    def check(seen: Evidence) -> Check:
+        found = seen.facts.get(name, "not looked at")
+        held = found.replace(".", "", 1).isdecimal() and float(found) <= seconds
+        return Check(what=name, bound=f"<= {seconds:g} s", measured=f"{found} s" if held else found, held=held)
+
+    return check

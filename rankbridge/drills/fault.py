@@ -53,6 +53,8 @@ class Fault:
     script: Script | None
     """None: it cannot be had here, and `absent` says why."""
     expects: tuple[Expectation, ...] = ()
+    on_rig: tuple[Expectation, ...] = ()
+    """What can be expected besides where tunnels are real."""
     load: Load = Load()
     before_s: float = 5.0
     during_s: float = 8.0

@@ -6,6 +6,7 @@ It answers in S3's form where it answers itself, and passes bytes on otherwise. 
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
@@ -27,8 +28,9 @@ _ERRORS: Final[Mapping[StoreFault, tuple[int, str, str]]] = MappingProxyType(
 class StoreProxy:
     """A door to the object store that can be told to misbehave. Use as a context manager; thread-safe."""
 
-    def __init__(self, target: tuple[str, int]) -> None:
+    def __init__(self, target: tuple[str, int], at: tuple[str, int] | socket.socket = ("127.0.0.1", 0)) -> None:
         self._target = target
+        self._at = at
         self._fault = StoreFault.NONE
         self._writers: set[asyncio.StreamWriter] = set()
         self._loop = Background()
@@ -39,7 +41,7 @@ class StoreProxy:
 
     def __enter__(self) -> StoreProxy:
         self._loop.start()
-        self.address = self._loop.listen(("127.0.0.1", 0), self._serve)
+        self.address = self._loop.listen(self._at, self._serve)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -28,6 +28,7 @@ class Phase(msgspec.Struct, frozen=True, kw_only=True):
     """None: the request at this quantile failed, or there was none."""
     p99_ms: float | None
     rungs: dict[str, int]
+    """Of recommendations, which have the whole ladder."""
     ranked_at: dict[str, int]
 
 

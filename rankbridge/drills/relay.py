@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import dataclasses
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -194,11 +195,13 @@ class Background:
         """Begin to run."""
         self._thread.start()
 
-    def listen(self, address: tuple[str, int], handler: Handler) -> tuple[str, int]:
-        """Serve at an address; where that is. Raises OSError where it is taken."""
+    def listen(self, at: tuple[str, int] | socket.socket, handler: Handler) -> tuple[str, int]:
+        """Serve at an address, or on a socket that listens; where that is. Raises OSError where it is taken."""
 
         async def open_server() -> asyncio.Server:
-            return await asyncio.start_server(handler, *address, reuse_address=True)
+            if isinstance(at, socket.socket):
+                return await asyncio.start_server(handler, sock=at)
+            return await asyncio.start_server(handler, *at, reuse_address=True)
 
         server = asyncio.run_coroutine_threadsafe(open_server(), self._loop).result(_STARTS_WITHIN_S)
         self._servers.append(server)

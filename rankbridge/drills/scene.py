@@ -85,6 +85,19 @@ class Scene(Protocol):
     def retrain(self) -> None:
         """A small training at home, on home's own data set, to its end."""
 
+    def replace_endpoint(self, tunnel: int) -> None:
+        """End the cloud's box of a tunnel without a word, and put another in its place."""
+
+    def use_key(self, tunnel: int, *, wrong: bool) -> None:
+        """Set a tunnel up anew with a key at one end that the other has not, or with the right one."""
+
+    def await_route(self, tunnel: int, *, away: bool, within_s: float) -> float:
+        """Wait until home's packets left a tunnel, or came back to it, and note when; the seconds waited.
+
+        None are waited where routes do not show.
+        """
+        ...
+
     def note(self, name: str, found: str) -> None:
         """A fact for the row."""
 
@@ -155,6 +168,19 @@ class FakeScene:
     def retrain(self) -> None:
         """See Scene."""
         self.told.append("retrain")
+
+    def replace_endpoint(self, tunnel: int) -> None:
+        """See Scene."""
+        self.told.append(f"replace the box of tunnel {tunnel}")
+
+    def use_key(self, tunnel: int, *, wrong: bool) -> None:
+        """See Scene."""
+        self.told.append(f"{'wrong' if wrong else 'right'} key for tunnel {tunnel}")
+
+    def await_route(self, tunnel: int, *, away: bool, within_s: float) -> float:  # noqa: ARG002 - the door's
+        """See Scene."""
+        self.told.append(f"await the route {'away from' if away else 'back to'} tunnel {tunnel}")
+        return 0.0
 
     def note(self, name: str, found: str) -> None:
         """See Scene."""

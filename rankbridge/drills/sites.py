@@ -1,8 +1,7 @@
 """Both sites under drill: started so that everything between them passes a link, and done to as a script says.
 
-The real form of `rankbridge.drills.scene.Scene`. Whatever a site's process is told of the other one (`--peer`,
-`--intake`) is rewritten to the link's address, so that no process knows it; the object store is in the cloud, so home's
-way to it passes the link, too. It judges nothing.
+The real form of `rankbridge.drills.scene.Scene`. How sites are laid out is a `rankbridge.drills.forms.Form`, which no
+process of theirs knows. It judges nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -31,22 +30,21 @@ from rankbridge import cloud as clouds
 from rankbridge.asked import training_arguments
 from rankbridge.border import Publisher, empty_sites
 from rankbridge.cloud import Cloud, CloudForm
-from rankbridge.drills import bad_bundles
+from rankbridge.drills import bad_bundles, forms
 from rankbridge.drills.fault import Need
-from rankbridge.drills.object_store import StoreProxy
-from rankbridge.drills.relay import TcpLink, Way
+from rankbridge.drills.forms import ENDPOINT, Form
 from rankbridge.drills.scene import BadBundle, StoreFault
 from rankbridge.faults import DeskError
 from rankbridge.interrupts import shield
 from rankbridge.layout import Layout
-from rankbridge.link import Direction
+from rankbridge.link import Link
 from rankbridge.processes import Identity
-from rankbridge.roles import LISTENERS, Followed, Plan, Process, Role
+from rankbridge.roles import Followed, Plan, Process, Role
 from rankbridge.serving import Serving
 from rankbridge.supervisor import Facts, Owner, Supervisor, probe
 from workloads.bundle.manifest import SHORT
 from workloads.contract.http import PATH_READY
-from workloads.contract.sites import AWS, HOME, SITES, Listener, Site, SiteName
+from workloads.contract.sites import HOME, SITES, AddressBook, Listener, Site, SiteName
 from workloads.contract.storage import STABLE, Release
 
 SLICE_S: Final = 0.02
@@ -56,8 +54,6 @@ SETTLE_S: Final = 2.0
 _READY_WITHIN_S: Final = 60.0
 _LOOK_S: Final = 0.1
 _ACTOR: Final = "drill"
-_SEEN_FROM: Final[Mapping[SiteName, str]] = {HOME.name: "127.0.110.1", AWS.name: "127.0.120.1"}
-"""Where a site meets the link: what it believes to be the other one."""
 _FULL_AT: Final = 4096
 """Bytes that a file may have on a disk that is full: none of the intake's is shorter."""
 _SMALL: Final = ("--users", "200", "--items", "120", "--events", "6000")
@@ -91,22 +87,22 @@ class Sites:
         layout: Layout,
         *,
         ports: Sequence[str],
-        form: CloudForm | None,
+        cloud_form: CloudForm | None,
+        real_tunnels: bool,
         view: jobs.View,
         say: Callable[[str], None],
         seed: int,
     ) -> None:
         self._layout = layout
         self._ports = ports
-        self._form = form
+        self._cloud_form = cloud_form
+        self._real_tunnels = real_tunnels
         self._view = view
         self._chance = random.Random(seed)  # noqa: S311 - moments of kills, no secrets
         self._stack = contextlib.ExitStack()
         self._cloud: Cloud | None = None
-        self._proxy: StoreProxy | None = None
-        self._link: TcpLink | None = None
-        self._store_at = ""
-        self._serving = DrilledServing(layout, Supervisor(layout, say=say), dict(os.environ), self._rerouted)
+        self._form: Form | None = None
+        self._serving = DrilledServing(layout, Supervisor(layout, say=say), dict(os.environ), self._as_it_runs)
         self._plan: Plan | None = None
         self._facts: Facts | None = None
         self._good: Path = layout.bundles
@@ -114,6 +110,7 @@ class Sites:
         self._bad: Path | None = None
         self._slowed: list[_DutyCycle] = []
         self._frozen: list[tuple[Role, SiteName]] = []
+        self._rekeyed: list[int] = []
         self._hidden = False
         self._full = False
         self.notes: dict[str, str] = {}
@@ -139,57 +136,34 @@ class Sites:
         self._good = serving.bundle(None)
         with serving.supervisor.lock():
             serving.make_way(Owner.REHEARSAL)
-        store = None
-        if self._form is not None:
-            self._cloud = self._stack.enter_context(clouds.opened(self._form, self._layout))
-            store = self._between_the_store(self._cloud)
-        serves = self._good if self._cloud is None or self._form is None else self._followed(self._cloud, self._form)
-        self._plan, self._facts = serving.plan(serves, self._ports, ())
-        self._link = self._stack.enter_context(TcpLink(self._ways(self._plan, store)))
+        if self._cloud_form is not None:
+            self._cloud = self._stack.enter_context(clouds.opened(self._cloud_form, self._layout))
+        self._plan, self._facts = serving.plan(self._serves(), self._ports, ())
+        store = self._store_address()
+        opened: contextlib.AbstractContextManager[Form] = (
+            forms.rig(self._layout.logs / "rig", store)
+            if self._real_tunnels
+            else forms.relay(self._plan.addresses, store)
+        )
+        self._form = self._stack.enter_context(opened)
         if self._cloud is not None:
             self._publish()
         started = (lambda: None) if self._cloud is None else self._promote_first
         serving.up(self._plan, self._facts, owner=Owner.REHEARSAL, view=self._view, started=started)
-        self._settle()
 
-    def _followed(self, cloud: Cloud, form: CloudForm) -> Followed:
+    def _serves(self) -> Path | Followed:
+        """The channel where there is a cloud, which must then be empty, else the bundle."""
+        if self._cloud is None or self._cloud_form is None:
+            return self._good
         empty_sites(self._layout)
-        return Followed(STABLE, cloud.models_bucket, form)
+        return Followed(STABLE, self._cloud.models_bucket, self._cloud_form)
 
-    def _between_the_store(self, cloud: Cloud) -> tuple[str, int] | None:
-        """Put the proxy before the object store; where it listens. None where the store is not one of this machine."""
-        endpoint = urllib.parse.urlsplit(cloud.settings.get("AWS_ENDPOINT_URL", ""))
+    def _store_address(self) -> tuple[str, int] | None:
+        """Where the object store is; None where it is none of this machine, and not ours to misuse."""
+        endpoint = urllib.parse.urlsplit(self._cloud.settings.get(ENDPOINT, "") if self._cloud else "")
         if endpoint.scheme != "http" or not endpoint.hostname or not endpoint.port:
             return None
-        self._proxy = self._stack.enter_context(StoreProxy((endpoint.hostname, endpoint.port)))
-        host, port = self._proxy.address
-        self._store_at = f"http://{host}:{port}"
-        return self._proxy.address
-
-    def _ways(self, plan: Plan, store: tuple[str, int] | None) -> list[Way]:
-        """Everything that one site may ask of the other, and home of the object store."""
-        ways = []
-        for site, other, asks in ((HOME, AWS, Direction.TO_CLOUD), (AWS, HOME, Direction.FROM_CLOUD)):
-            for listener in (Listener.GATEWAY, Listener.INTAKE):
-                if listener in other.listeners:
-                    port = plan.addresses.port(listener)
-                    ways.append(Way((_SEEN_FROM[site.name], port), (other.address, port), asks))
-        if store is not None:
-            ways.append(Way((_SEEN_FROM[HOME.name], store[1]), store, Direction.TO_CLOUD))
-        return ways
-
-    def _rerouted(self, process: Process) -> Process:
-        """The process with the other site, and the object store, behind the link."""
-        command, environment = list(process.command), dict(process.environment)
-        for other in SITES.values():
-            if other.name is not process.site:
-                mark = f"{other.address}:"
-                command = [word.replace(mark, f"{_SEEN_FROM[process.site]}:") for word in command]
-        if self._store_at and "AWS_ENDPOINT_URL" in environment:
-            port = self._store_at.rpartition(":")[2]
-            home = process.site is HOME.name
-            environment["AWS_ENDPOINT_URL"] = f"http://{_SEEN_FROM[HOME.name]}:{port}" if home else self._store_at
-        return dataclasses.replace(process, command=tuple(command), environment=environment)
+        return endpoint.hostname, endpoint.port
 
     def _publish(self) -> None:
         """The bundle and a twin of it: home is to have an earlier one to go back to."""
@@ -205,17 +179,25 @@ class Sites:
 
     # what the suite asks
 
+    def _as_it_runs(self, process: Process) -> Process:
+        return self.form.process(process)
+
     @property
-    def link(self) -> TcpLink:
-        """See Scene."""
-        if self._link is None:
+    def form(self) -> Form:
+        """How the sites are laid out."""
+        if self._form is None:
             raise RuntimeError("the sites are not up")
-        return self._link
+        return self._form
+
+    @property
+    def link(self) -> Link:
+        """See Scene."""
+        return self.form.link
 
     @property
     def offers(self) -> frozenset[Need]:
         """What can be had here."""
-        return frozenset({Need.TUNNELS, *([Need.CLOUD] if self._proxy is not None else [])})
+        return self.form.offers
 
     @property
     def published(self) -> frozenset[str]:
@@ -224,7 +206,7 @@ class Sites:
 
     def gateway(self, site: Site) -> str:
         """Its URL for who is at the site."""
-        return self._the_plan.addresses.url(site, Listener.GATEWAY)
+        return self._at(site, Listener.GATEWAY)
 
     @property
     def events(self) -> Path:
@@ -235,6 +217,7 @@ class Sites:
         """Undo whatever is still done, start what is missing, wait until all is ready and calm."""
         self._undo()
         self.bring_back()
+        time.sleep(SETTLE_S)
         self.notes = {}
 
     # Scene
@@ -282,8 +265,8 @@ class Sites:
 
     def store(self, fault: StoreFault) -> None:
         """See Scene."""
-        if self._proxy is not None:
-            self._proxy.tell(fault)
+        if self.form.proxy is not None:
+            self.form.proxy.tell(fault)
 
     def fill_disk(self, *, full: bool) -> None:
         """See Scene. A limit of the running process: the host's disk has room enough."""
@@ -321,9 +304,9 @@ class Sites:
             return
         folder = ["--site-dir", str(self._layout.site(HOME.name))]
         self._job("workloads.agent", ["rollback", *folder, "--to", self._twin.name])
-        there = self._serves(HOME, self._twin)
+        there = self._is_served(HOME, self._twin)
         self._job("workloads.agent", ["rollback", *folder, "--to", self._good.name])
-        back = self._serves(HOME, self._good)
+        back = self._is_served(HOME, self._good)
         self._job("workloads.agent", ["resume", *folder])
         self.note("rolled", "there and back" if there and back else "not served")
 
@@ -331,9 +314,9 @@ class Sites:
         """See Scene."""
         plan = self._the_plan
         first = next(one for one in self._serving.processes(plan) if (one.role, one.site) == (Role.GATEWAY, HOME.name))
-        host, port = _SEEN_FROM[HOME.name], plan.addresses.port(LISTENERS[Role.AGENT][0])
-        mine = plan.addresses.host_port(HOME, Listener.GATEWAY)
-        command = [f"{host}:{port}" if word == mine else word for word in first.command]
+        mine = urllib.parse.urlsplit(self.gateway(HOME))
+        url = f"http://{mine.hostname}:{_free_port(plan.addresses)}"
+        command = [word.replace(mine.netloc, url.removeprefix("http://")) for word in first.command]
         second = processes.start(
             command,
             environment=first.environment,
@@ -345,7 +328,7 @@ class Sites:
         try:
             both = all(
                 _until(lambda url=url: probe(url + PATH_READY).status == 200)  # type: ignore[misc]  # a default binds it
-                for url in (f"http://{host}:{port}", self.gateway(HOME))
+                for url in (url, self.gateway(HOME))
             )
         finally:
             processes.end([second], grace_s=first.grace_s)
@@ -359,6 +342,23 @@ class Sites:
         dataset = next((home.site(HOME.name) / "datasets").glob("*-*"))
         self._job("workloads.training", training_arguments(home, dataset, seed=1))
         self.note("retrained", "done" if any(home.training_home.glob("work/train-*")) else "made nothing")
+
+    def replace_endpoint(self, tunnel: int) -> None:
+        """See Scene."""
+        self.form.replace_endpoint(tunnel)
+
+    def use_key(self, tunnel: int, *, wrong: bool) -> None:
+        """See Scene."""
+        self._rekeyed = [*([tunnel] if wrong else []), *(one for one in self._rekeyed if one != tunnel)]
+        self.form.use_key(tunnel, wrong=wrong)
+
+    def await_route(self, tunnel: int, *, away: bool, within_s: float) -> float:
+        """See Scene."""
+        began = time.monotonic()
+        after = self.form.moved_after_s(tunnel, away=away, within_s=within_s)
+        if Need.RIG in self.offers:
+            self.note("route moved away" if away else "route came back", "never" if after is None else f"{after:.1f}")
+        return time.monotonic() - began
 
     def note(self, name: str, found: str) -> None:
         """See Scene."""
@@ -409,7 +409,7 @@ class Sites:
         """What a site's agent says of the bad bundle: that it is refused and why, or what it waits for."""
         if self._bad is None:
             return "nothing was published"
-        agent = self._the_plan.addresses.url(site, Listener.AGENT)
+        agent = self._at(site, Listener.AGENT)
         with contextlib.suppress(msgspec.DecodeError):
             said = msgspec.json.decode(probe(agent + PATH_READY).body, type=_Refused)
             for edition, why in said.refused.items():
@@ -430,24 +430,27 @@ class Sites:
     def _undo(self) -> None:
         for role, site in list(self._frozen):
             self.thaw(role, site)
-        if self._link is not None:
-            self._link.heal()
-        self.store(StoreFault.NONE)
+        if self._form is not None:
+            self._form.link.heal()
+            self.store(StoreFault.NONE)
+        for tunnel in self._rekeyed:
+            self.form.use_key(tunnel, wrong=False)
+        self._rekeyed = []
         self.hide_profiles(hidden=False)
         if self._full:
             self.fill_disk(full=False)
 
-    def _settle(self) -> None:
-        """Every gateway with all its neighbours, for a moment."""
-        time.sleep(SETTLE_S)
+    def _at(self, site: Site, listener: Listener) -> str:
+        """A listener's URL, as the desk reaches it."""
+        return self.form.url(self._the_plan.addresses.url(site, listener))
 
-    def _serves(self, site: Site, bundle: Path) -> bool:
+    def _is_served(self, site: Site, bundle: Path) -> bool:
         url = self.gateway(site)
         return self._serving.supervisor.gateway(url, url + PATH_READY).bundle == bundle.name[:SHORT]
 
     def _served_at_both(self, bundle: Path) -> None:
         for site in SITES.values():
-            if not _until(lambda site=site: self._serves(site, bundle)):  # type: ignore[misc]  # a default binds it
+            if not _until(lambda site=site: self._is_served(site, bundle)):  # type: ignore[misc]  # a default binds it
                 raise DeskError(
                     f"{site.name.value} does not serve bundle {bundle.name[:SHORT]}",
                     f"see {self._layout.shown(self._layout.log(f'{site.name.value}-agent'))}",
@@ -500,6 +503,11 @@ class _DutyCycle:
     def _tell(self, number: signal.Signals) -> None:
         for one in self._members:
             processes.send(one, number)
+
+
+def _free_port(addresses: AddressBook) -> int:
+    """One that no listener has."""
+    return max(addresses.port(listener) for listener in Listener) + 1
 
 
 def _until(holds: Callable[[], bool], within_s: float = _READY_WITHIN_S) -> bool:

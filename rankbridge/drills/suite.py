@@ -101,15 +101,13 @@ class Drives(Protocol):
 class FaultSuite:
     """One run of chosen faults over one ground."""
 
-    def __init__(
-        self, ground: Ground, drives: Drives, *, say: Say, seed: int = 1, form: str = "relay", cores: int | None = None
-    ) -> None:
+    def __init__(self, ground: Ground, drives: Drives, *, say: Say, seed: int = 1, form: str = "relay") -> None:
         self._ground = ground
         self._drives = drives
         self._say = say
         self._seed = seed
         self._form = form
-        self._cores = cores or len(os.sched_getaffinity(0))
+        self._cores = len(os.sched_getaffinity(0))
         self._generator = ""
 
     def run(self, faults: Sequence[Fault], keep: Callable[[Suite], None]) -> Suite:
@@ -181,7 +179,8 @@ class FaultSuite:
             peak_per_s=capacity.peak_per_s,
             facts=notes,
         )
-        return judged(fault, seen, drive)
+        expects = (*fault.expects, *(fault.on_rig if Need.RIG in ground.offers else ()))
+        return judged(dataclasses.replace(fault, expects=expects), seen, drive)
 
     def _hedges(self) -> float | None:
         """The home gateway's count of second calls; None where it counts none, or does not answer."""
@@ -317,15 +316,14 @@ def _act(steps: Iterator[float], begin: float, before_s: float) -> list[float]:
     """Take the steps at their moments; when each began, in seconds of the drive. What heals is a step, too."""
     times = []
     due = begin + before_s
-    with contextlib.closing(steps) if hasattr(steps, "close") else contextlib.nullcontext():
-        while True:
-            time.sleep(max(0.0, due - time.monotonic()))
-            times.append(time.monotonic() - begin)
-            wait = next(steps, None)
-            if wait is None:
-                return times
-            # From when the step was done: what a step takes is no part of how long it is to last.
-            due = time.monotonic() + wait
+    while True:
+        time.sleep(max(0.0, due - time.monotonic()))
+        times.append(time.monotonic() - begin)
+        wait = next(steps, None)
+        if wait is None:
+            return times
+        # From when the step was done: what a step takes is no part of how long it is to last.
+        due = time.monotonic() + wait
 
 
 def _leg(samples: Sequence[Sample], leg: Leg) -> tuple[float, float, float]:

@@ -63,7 +63,7 @@ def test_silence_is_not_calm():
 
 
 def test_on_time_counts_to_the_last_second_with_too_many_late():
-    samples = drive(10, lambda at: {"latency_ms": 150.0} if 4.0 <= at < 4.5 or 5.0 <= at < 5.1 else {})
+    samples = drive(10, lambda at: {"latency_ms": 150.0} if 4.0 <= at < 4.5 or 5.0 <= at < 5.1 or at == 8.0 else {})
     assert on_time_after_s(samples, 4.0, 10.0) == 2.0
     assert on_time_after_s(drive(10, lambda at: {"latency_ms": 150.0 if at > 4 else 1.0}), 4.0, 10.0) is None
 
