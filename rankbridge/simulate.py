@@ -18,6 +18,7 @@ import matplotlib as mpl
 import msgspec
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -193,10 +194,10 @@ def show(result: SimulationResult, console: Console) -> None:
     for route, source in result.service_times.items():
         console.print(f"{route}: {source}", highlight=False, markup=False)
     fault = f", the home ranker {result.fault} in the middle third" if result.fault else ""
-    table = Table(title=f"{result.left_ms:g} ms for ranking{fault}")
-    table.add_column("load")
-    table.add_column("policy")
-    for name in ("p50 ms", "p95 ms", "p99 ms", "late %", "cost/1000", "x least", "rung 1 %", "2 %", "3 %", "hedges %"):
+    table = Table(title=f"{result.left_ms:g} ms for ranking{fault}; cost of 1,000 answers; late, rungs and hedges in %")
+    table.add_column("load", no_wrap=True)
+    table.add_column("policy", no_wrap=True)
+    for name in ("p50 ms", "p95 ms", "p99 ms", "late", "cost", "of least", "rung 1", "rung 2", "rung 3", "hedges"):
         table.add_column(name, justify="right")
     for at in result.loads:
         for place, row in enumerate(at.policies):
@@ -254,9 +255,13 @@ def draw(result: SimulationResult) -> bytes:
         least = [at.least_cost_per_1000 for at in result.loads]
         cost.plot(loads, least, color="#555555", linestyle="--", linewidth=1, label="least cost")
         cost.set(title="cost of 1,000 answers", xlabel="load, of what the home ranker can do", ylim=(0, None))
-        cost.legend(frameon=False)
+        cost.legend(frameon=False, fontsize=8, loc="lower left", ncols=2)
         tail.axhline(result.left_ms, color="#c62828", linewidth=1)
-        tail.set(title="p99, ms (line: what there is)", xlabel="load, of what the home ranker can do", yscale="log")
+        tail.set(
+            title="p99, ms (line: what there is)",
+            xlabel="load, of what the home ranker can do",
+            ylim=(0, 1.1 * result.left_ms),
+        )
         totals: dict[float, tuple[int, int]] = {}
         for _, up_to, calls, within in (row for at in result.loads for row in at.calibration):
             before = totals.get(up_to, (0, 0))
@@ -264,9 +269,9 @@ def draw(result: SimulationResult) -> bytes:
         shares = [(up_to, within / calls) for up_to, (calls, within) in sorted(totals.items()) if calls >= 20]
         kept.plot([x for x, _ in shares], [y for _, y in shares], color=_COLOURS[0], marker="o")
         kept.axhline(0.95, color="#555555", linestyle="--", linewidth=1)
-        kept.set(
-            title="share of calls within prediction", xlabel="predicted, ms, up to", xscale="log", ylim=(0.5, 1.01)
-        )
+        kept.set_xscale("log", base=2)
+        kept.xaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
+        kept.set(title="share of calls within prediction", xlabel="predicted, ms, up to", ylim=(0.5, 1.01))
         out = io.StringIO()
         canvas: Any = FigureCanvasSVG(figure)  # its methods carry no types
         canvas.print_svg(out, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
