@@ -326,7 +326,7 @@ def _lost_stage(sample: Sample) -> str | None:
         return Stage.RANK.value
     if reason.startswith("retrieval"):
         return Stage.CANDIDATES.value
-    if reason == "no_time":
+    if reason in {"no_time", "overload"}:
         return None
     stepped_past_retrieval = sample.rung is not None and sample.rung >= Rung.TRADITIONAL
     return Stage.CANDIDATES.value if stepped_past_retrieval else Stage.RANK.value

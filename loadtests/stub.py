@@ -162,6 +162,7 @@ class StubGateway:
                     stages_ms=dict(behaviour.stages_ms),
                     reason=behaviour.reason,
                     ranked=behaviour.ranked,
+                    ranked_at=None if behaviour.ranked is None else behaviour.site,
                 ),
             )
         )

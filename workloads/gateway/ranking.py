@@ -15,10 +15,10 @@ from typing import Final, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from workloads.contract.slo import Rung
+from workloads.contract.slo import STAGE_P99_MS, Rung, Stage
 from workloads.gateway.doors import DoorFault, Ranker
 from workloads.gateway.ladder import WORTH_TRYING_MS, Reason
-from workloads.gateway.router import Outcome, Route, RouteFacts, Router, Ticket
+from workloads.gateway.router import Choice, Outcome, Route, RouteFacts, Router, Ticket
 from workloads.gateway.timing import Clock
 from workloads.telemetry import log
 
@@ -109,6 +109,7 @@ class Ranking:
         self._absent = tuple(route for route in routes if route not in doors)
         self._others = tuple(route for route in routes if route != self._own)
         self._full = tuple(route for route in doors if route.rung == Rung.FULL_RANKER)
+        self._has_student = any(route.rung > Rung.FULL_RANKER for route in doors)
         self._differs_until_s = dict.fromkeys(self._full, 0.0)
         self._lost: dict[Route, Reason] = {}
         """Why a route brought nothing the last time; empty of those that answered since."""
@@ -148,16 +149,18 @@ class Ranking:
 
         Raises DoorFault when no ranker has scored: with the first fault met, or why none was tried.
         """
-        if left_ms < WORTH_TRYING_MS:
-            raise DoorFault(Reason.NO_TIME, "the deadline leaves no time")
         router, rows = self._router, len(sparse)
         begun = now = self._clock.now_s()
         left_out = self._left_out(now)
-        choice = router.choose(rows, left_ms, now, best_rung, left_out)
-        predicted_ms = 0.0 if choice is None else choice.predicted_ms
         fault: DoorFault | None = None
+        if left_ms < WORTH_TRYING_MS:
+            fault, choice = DoorFault(Reason.NO_TIME, "the deadline leaves no time"), None
+        else:
+            choice = router.choose(rows, left_ms, now, best_rung, left_out)
+        choice = choice or self._last(None, rows, now, left_out)
+        predicted_ms = 0.0 if choice is None else choice.predicted_ms
         while choice is not None:
-            if fault is not None:
+            if choice.extra:
                 self._watch.retry(*choice.route)
             ticket = router.began(choice, now)
             try:
@@ -165,12 +168,22 @@ class Ranking:
             except DoorFault as met:
                 fault = fault or met
                 now = self._clock.now_s()
-                choice = router.retry(choice, left_ms - (now - begun) * 1000.0, now, left_out)
+                left = left_ms - (now - begun) * 1000.0
+                choice = router.retry(choice, left, now, left_out) or self._last(choice, rows, now, left_out)
                 continue
-            reason = None if route.rung == best_rung else self._why(fault)
+            reason = None if route.rung <= best_rung else self._why(fault)
             self._watch.choice(*route, "" if reason is None else reason.value)
             return Ranked(probabilities, route, predicted_ms, reason)
         raise fault or DoorFault(self._why(None), "no ranker was expected to answer in time")
+
+    def _last(self, first: Choice | None, rows: int, now_s: float, left_out: list[Route]) -> Choice | None:
+        """The student, whatever is left: a busy machine may wake us late, and it takes less than is kept back."""
+        if not self._has_student:
+            return None
+        tried, left_ms = (*self._full, *left_out), STAGE_P99_MS[Stage.RANK]
+        if first is not None:
+            return self._router.retry(first, left_ms, now_s, tried)
+        return self._router.choose(rows, left_ms, now_s, Rung.DISTILLED_RANKER, tried)
 
     async def rank_here(
         self, sparse: npt.NDArray[np.int64], dense: npt.NDArray[np.float32], left_ms: float
@@ -191,7 +204,10 @@ class Ranking:
 
     def _why(self, fault: DoorFault | None) -> Reason:
         """Why this site's own ranker did not rank."""
-        return fault.reason if fault is not None else self._lost.get(self._own, Reason.RANKER_SLOW)
+        own = self._lost.get(self._own)
+        if own is not None:
+            return own
+        return Reason.RANKER_SLOW if fault is None else fault.reason
 
     async def _called(
         self,

@@ -303,7 +303,7 @@ def test_a_killed_tritonserver_costs_one_rung_at_once_and_a_restart_brings_it_ba
     for _ in range(20):
         rung, reason = place.rung()
         assert rung == 2
-        assert reason in {"ranker_down", "ranker_late"}
+        assert reason in {"ranker_down", "ranker_late", "ranker_slow"}
     place.start("triton")
     assert eventually(lambda: place.rung() == (1, None), "the ranker ranks again", 5) < 2
     eventually(lambda: {place.rung() for _ in range(20)} == {(1, None)}, "the ranker ranks all", 15)
@@ -345,7 +345,8 @@ def test_without_its_own_ranker_a_site_is_ranked_next_door_if_that_serves_the_sa
     place.triton_at = f"127.0.0.1:{free_ports(1)[0]}"  # home's own is gone
     place.peer = f"aws=http://127.0.0.1:{cloud.port}"
     place.start("gateway")
-    eventually(lambda: place.served()["ranked_at"] == "aws", "the other site ranks")
+    # A few answers are the student's: retries have a budget, and home's own ranker is not known to be lost at once.
+    eventually(lambda: {place.served()["ranked_at"] for _ in range(20)} == {"aws"}, "the other site ranks all")
     served = place.served()
     assert (served["site"], served["rung"], served["reason"]) == ("onprem", 1, None)
     ready = msgspec.json.decode(place.ask("GET", "/readyz")[2], type=Readiness)
