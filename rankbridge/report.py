@@ -20,6 +20,8 @@ from loadtests.gate import BLAMED, LoadResult
 from loadtests.measures import OUTSIDE, Measure
 from loadtests.samples import write_whole
 from rankbridge import plots
+from rankbridge.drills import page as faults_page
+from rankbridge.drills.records import Row
 from rankbridge.verdict import Crossing, Curve, Verdict
 from workloads.contract.quality import QualityRow
 from workloads.contract.slo import NEW_ITEM_MAX_S, SERVED_AFTER_MAX_S, STUDENT_LOSS_MAX
@@ -142,8 +144,8 @@ class Plot(NamedTuple):
     colour: str = ""
 
 
-def render(verdict: Verdict) -> str:
-    """The page as HTML."""
+def render(verdict: Verdict, cut: Row | None = None) -> str:
+    """The page as HTML; with the VPN cut's row (`make faults`), its timeline too."""
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -171,12 +173,14 @@ def render(verdict: Verdict) -> str:
         steps=list(_step_bars(verdict)),
         total_seconds=sum(s.seconds for s in verdict.steps),
         figures=_figures,
+        cut=cut,
+        cut_drawn=faults_page.timelines(cut) if cut is not None else None,
     )
 
 
 def write(verdict: Verdict, path: Path) -> None:
-    """`report.html`, whole or not at all."""
-    write_whole(path, render(verdict).encode())
+    """`report.html`, whole or not at all. A VPN cut that `make faults` left in the same folder is drawn in it."""
+    write_whole(path, render(verdict, faults_page.vpn_cut(path.parent)).encode())
 
 
 def _resource(name: str) -> str:

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from rankbridge import cloud as clouds
-from rankbridge import jobs
+from rankbridge import jobs, report, verdict
 from rankbridge.cloud import CloudForm
-from rankbridge.drills import catalogue, page, suite
+from rankbridge.drills import catalogue, page, records
 from rankbridge.drills.records import Suite
 from rankbridge.drills.sites import Sites
 from rankbridge.drills.suite import DriverProcess, FaultSuite
@@ -46,7 +46,7 @@ def run(
         console.print(f"  {escape(text)}", soft_wrap=True)
 
     def keep(found: Suite) -> None:
-        suite.write(msgspec.structs.replace(found, kubernetes_s=kubernetes), out)
+        records.write(msgspec.structs.replace(found, kubernetes_s=kubernetes), out)
 
     way = "two real tunnels" if real_tunnels else "a relay"
     with jobs.viewing(console) as view:
@@ -59,8 +59,10 @@ def run(
             driver = DriverProcess(out.absolute() / "drives", layout.root)
             found = FaultSuite(ground, driver, say=say, seed=seed, form=ground.form.name).run(faults, keep)
     found = msgspec.structs.replace(found, kubernetes_s=kubernetes)
-    suite.write(found, out)
+    records.write(found, out)
     made = page.write(found, out)
+    with contextlib.suppress(OSError, ValueError):  # no rehearsal has left its verdict here
+        report.write(verdict.read(out / "verdict.json"), out / "report.html")
     console.print()
     console.print(faults_table(found))
     if not found.passed:

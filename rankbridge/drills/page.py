@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from loadtests.samples import write_whole
 from rankbridge import plots
-from rankbridge.drills.records import Row, Suite
+from rankbridge.drills.records import Row, Suite, read
 from rankbridge.drills.table import baseline, milliseconds, rungs, seconds
 
 FILE: Final = "faults.html"
@@ -55,6 +55,12 @@ def timelines(row: Row) -> Timelines | None:
     mix = plots.rung_timeline(slices, bin_s=1.0, warmup_s=0.0, width=_WIDTH, name=f"rungs during {name}", fault=fault)
     # Our own drawings, of numbers and of names in the catalogue.
     return Timelines(name, Markup(latency), Markup(rate), Markup(mix))  # noqa: S704
+
+
+def vpn_cut(folder: Path) -> Row | None:
+    """The row of both tunnels cut, of the suite whose results lie in a folder; None where there is none."""
+    found = read(folder)
+    return next((row for row in found.rows if row.id == "F2" and row.left_out is None), None) if found else None
 
 
 def render(suite: Suite) -> str:

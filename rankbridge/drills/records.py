@@ -1,14 +1,21 @@
 """What a fault suite writes down: one row per fault, with what was measured beside what was promised.
 
-Records only; `OUT/faults.json` is a `Suite`. Whoever draws or prints them needs nothing else.
+Records, and their file: `OUT/faults.json` is a `Suite`. Who draws or prints them needs nothing else.
 """
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
+from typing import Final
+
 import msgspec
 
 from loadtests.ledger import Ledger
+from loadtests.samples import write_whole
 from loadtests.windows import Window
+
+FILE: Final = "faults.json"
 
 
 class Check(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,3 +116,15 @@ class Suite(msgspec.Struct, frozen=True, kw_only=True):
         """Whether every fault that was made held all its expectations, and at least one was made."""
         made = [row.passed for row in self.rows if row.passed is not None]
         return bool(made) and all(made)
+
+
+def write(suite: Suite, folder: Path) -> None:
+    """`faults.json`, whole or not at all."""
+    write_whole(folder / FILE, msgspec.json.format(msgspec.json.encode(suite), indent=1) + b"\n")
+
+
+def read(folder: Path) -> Suite | None:
+    """An earlier run's; None where there is none that this version reads."""
+    with contextlib.suppress(OSError, msgspec.DecodeError):
+        return msgspec.json.decode((folder / FILE).read_bytes(), type=Suite)
+    return None

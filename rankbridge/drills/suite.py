@@ -35,7 +35,6 @@ from rankbridge.supervisor import probe
 from workloads.contract.http import PATH_METRICS
 from workloads.contract.sites import AWS, HOME, Site
 
-FILE: Final = "faults.json"
 CAPACITY_RATES: Final = (40.0, 60.0, 90.0, 135.0, 200.0, 300.0, 450.0, 675.0, 1000.0, 1500.0, 2250.0, 3400.0)
 """Requests a second that home is tried with, each for a while, until twice most of them were late."""
 CAPACITY_LEG_S: Final = 4.0
@@ -239,18 +238,6 @@ def kept(acknowledged: Sequence[str], store: Path) -> Kept:
                 rows += int(found[0])
                 stored += int(found[1])
     return Kept(acknowledged=len(ids), stored=stored, rows=rows)
-
-
-def write(suite: Suite, folder: Path) -> None:
-    """`faults.json`, whole or not at all."""
-    write_whole(folder / FILE, msgspec.json.format(msgspec.json.encode(suite), indent=1) + b"\n")
-
-
-def read(folder: Path) -> Suite | None:
-    """An earlier run's; None where there is none that this version reads."""
-    with contextlib.suppress(OSError, msgspec.DecodeError):
-        return msgspec.json.decode((folder / FILE).read_bytes(), type=Suite)
-    return None
 
 
 class DriverProcess:

@@ -11,7 +11,7 @@ import pytest
 
 from loadtests.drive import Drive
 from loadtests.samples import Run, RunHeader, Sample
-from rankbridge.drills import page, suite
+from rankbridge.drills import page, records
 from rankbridge.drills.catalogue import chosen
 from rankbridge.drills.evidence import (
     answers_at_rung,
@@ -200,8 +200,8 @@ def test_a_suite_is_written_shown_and_drawn(events: Path, tmp_path: Path):
     found = FaultSuite(FakeGround(events), bad, say=lambda _: None).run(faults, kept_suites.append)
     assert [len(one.rows) for one in kept_suites] == [1, 2, 3]
     assert not found.passed
-    suite.write(found, tmp_path)
-    assert suite.read(tmp_path) == found
+    records.write(found, tmp_path)
+    assert records.read(tmp_path) == found
     text = page.render(found)
     assert "NOT HELD" in text
     assert text.count("<svg") == 3
@@ -213,3 +213,17 @@ def test_a_suite_is_written_shown_and_drawn(events: Path, tmp_path: Path):
 def test_a_suite_in_which_nothing_was_made_has_not_passed(events: Path):
     found = FaultSuite(FakeGround(events), FakeDriver(well), say=lambda _: None).run(chosen(["F4"]), lambda _: None)
     assert not found.passed
+
+
+def test_the_vpn_cut_of_a_suite_is_found_where_it_was_made(events: Path, tmp_path: Path):
+    assert page.vpn_cut(tmp_path) is None
+    found = FaultSuite(FakeGround(events), FakeDriver(well), say=lambda _: None).run(
+        chosen(["F2", "F4"]), lambda _: None
+    )
+    records.write(found, tmp_path)
+    cut = page.vpn_cut(tmp_path)
+    assert cut is not None
+    assert cut.id == "F2"
+    drawn = page.timelines(cut)
+    assert drawn is not None
+    assert drawn.latency.startswith("<svg")

@@ -11,6 +11,9 @@ import msgspec
 import pytest
 
 from loadtests.gate import Breach
+from loadtests.ledger import Ledger
+from loadtests.windows import Window
+from rankbridge.drills.records import Check, Row
 from rankbridge.report import render, write
 from rankbridge.verdict import Verdict, read
 from rankbridge.verdict import write as write_verdict
@@ -177,3 +180,24 @@ def test_the_same_verdict_gives_the_same_page(good_verdict: Verdict, good: str):
 
 def test_the_page_is_small(good: str):
     assert len(good) < 400_000
+
+
+def test_a_cut_of_the_vpn_is_drawn_with_what_was_expected_of_it(good_verdict: Verdict, good: str):
+    second = Window(
+        at_s=0.0, requests=50, answered=50, late=0, below_best=0, p50_ms=8.0, p99_ms=20.0, rungs={"1": 40}, ranked_at={}
+    )
+    cut = Row(
+        id="F2",
+        title="both tunnels cut",
+        how="everything between the sites vanishes",
+        rate=60.0,
+        fault_s=2.0,
+        heal_s=7.0,
+        ledger=Ledger(sent=5000, ok=4998, degraded=2, rejected={}, timed_out=0, broken=0, wrong=0, stray=0),
+        checks=[Check(what="nobody is refused", bound="0", measured="3 of 5,000", held=False)],
+        windows=[msgspec.structs.replace(second, at_s=float(at)) for at in range(10)],
+    )
+    page = Page(render(good_verdict, cut))
+    assert "5000 sent = 4998 ok + 2 degraded" in page.text
+    assert "3 of 5,000" in page.text
+    assert "is cut" not in Page(good).text
