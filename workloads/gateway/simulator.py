@@ -18,6 +18,7 @@ import math
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from random import Random
 from typing import Annotated, Final, Protocol
 
@@ -378,7 +379,7 @@ class _Run:
 
     def expect(self, asked: Sequence[Request], watch: Callable[[float], None]) -> None:
         for request in asked:
-            self._at(request.at_s, lambda now_s, request=request: self._arrives(request, watch, now_s))
+            self._at(request.at_s, partial(self._arrives, request, watch))
 
     def outcomes(self) -> Outcomes:
         while self._events:
@@ -398,7 +399,7 @@ class _Run:
     # The client
     def _arrives(self, request: Request, watch: Callable[[float], None], now_s: float) -> None:
         watch(now_s)
-        self._worked_on(self._front.door_ms, now_s, lambda at_s: self._at_the_door(request, at_s))
+        self._worked_on(self._front.door_ms, now_s, partial(self._at_the_door, request))
 
     def _at_the_door(self, request: Request, now_s: float) -> None:
         place = None
@@ -410,7 +411,7 @@ class _Run:
                 return
             place = admitted
         client = _Client(request, place)
-        self._worked_on(self._front.own_ms / 2.0, now_s, lambda at_s: self._ranks(client, at_s))
+        self._worked_on(self._front.own_ms / 2.0, now_s, partial(self._ranks, client))
 
     def _ranks(self, client: _Client, now_s: float) -> None:
         choice = self._policy.choose(client.request.rows, client.left_ms(now_s), now_s)
@@ -428,12 +429,12 @@ class _Run:
         self._calls[choice.route] += 1
         server = self._servers[choice.route]
         if server.fault(Condition.GONE, now_s):
-            self._at(now_s + server.backend.way_ms / 1000.0, lambda at_s: self._failed(job, at_s))
+            self._at(now_s + server.backend.way_ms / 1000.0, partial(self._failed, job))
             return
-        self._at(now_s + server.backend.way_ms / 2000.0, lambda at_s: self._reaches(server, job, at_s))
-        self._at(now_s + choice.budget_ms / 1000.0, lambda at_s: self._expires(job, Outcome.LATE, at_s))
+        self._at(now_s + server.backend.way_ms / 2000.0, partial(self._reaches, server, job))
+        self._at(now_s + choice.budget_ms / 1000.0, partial(self._expires, job, Outcome.LATE))
         if not choice.extra and choice.hedge_after_ms < choice.budget_ms:
-            self._at(now_s + choice.hedge_after_ms / 1000.0, lambda at_s: self._hedges_now(job, at_s))
+            self._at(now_s + choice.hedge_after_ms / 1000.0, partial(self._hedges_now, job))
 
     def _hedges_now(self, job: _Job, now_s: float) -> None:
         if job.client.done or job.abandoned:
@@ -469,7 +470,7 @@ class _Run:
             if not call.abandoned:
                 call.abandoned = True
                 self._policy.ended(call.ticket, Outcome.CANCELLED, now_s)
-        self._worked_on(self._front.own_ms / 2.0, now_s, lambda at_s: self._leaves(client, rung, site, at_s))
+        self._worked_on(self._front.own_ms / 2.0, now_s, partial(self._leaves, client, rung, site))
 
     def _leaves(self, client: _Client, rung: int, site: str, now_s: float) -> None:
         took_ms = (now_s - client.request.at_s) * 1000.0
@@ -486,16 +487,16 @@ class _Run:
         while server.queue and server.busy < server.backend.workers:
             job = server.queue.popleft()
             server.busy += 1
-            self._at(server.finish_s(job.service_ms, now_s), lambda at_s, job=job: self._worked(server, job, at_s))
+            self._at(server.finish_s(job.service_ms, now_s), partial(self._worked, server, job))
 
     def _worked(self, server: _Server, job: _Job, now_s: float) -> None:
         server.busy -= 1
         self._work(server, now_s)
         home_s = now_s + server.backend.way_ms / 2000.0
         if server.fault(Condition.GONE, now_s):
-            self._at(home_s, lambda at_s: self._failed(job, at_s))
+            self._at(home_s, partial(self._failed, job))
         else:
-            self._at(home_s, lambda at_s: self._comes_home(job, at_s))
+            self._at(home_s, partial(self._comes_home, job))
 
     def _comes_home(self, job: _Job, now_s: float) -> None:
         if job.client.done or job.abandoned:
