@@ -284,7 +284,7 @@ FAULTS: Final[tuple[Fault, ...]] = (
         "SIGKILL to home's tritonserver and its children; started again at the end",
         kill(Role.TRITON),
         (refuses_nobody(), late_at_most(0.01), recovers_within(10.0)),
-        after_s=12.0,
+        after_s=14.0,
     ),
     Fault(
         "F9",
@@ -341,6 +341,7 @@ FAULTS: Final[tuple[Fault, ...]] = (
         _intake_at_random,
         (reads_are_answered(), late_at_most(0.01), recovers_within(5.0)),
         during_s=15.0,
+        after_s=14.0,
     ),
     *(
         Fault(
@@ -378,7 +379,8 @@ FAULTS: Final[tuple[Fault, ...]] = (
         "retrieval killed",
         "SIGKILL to home's retrieval",
         kill(Role.RETRIEVAL),
-        (refuses_nobody(), late_at_most(0.01), recovers_within(5.0)),
+        (refuses_nobody(), late_at_most(0.01), recovers_within(10.0)),
+        after_s=14.0,
     ),
     Fault(
         "F18-profiles",
@@ -392,7 +394,8 @@ FAULTS: Final[tuple[Fault, ...]] = (
         "retrieval killed, feature store down",
         "both at once",
         without_profiles(Role.RETRIEVAL),
-        (refuses_nobody(), late_at_most(0.01), recovers_within(5.0)),
+        (refuses_nobody(), late_at_most(0.01), recovers_within(10.0)),
+        after_s=14.0,
     ),
     Fault(
         "F18-ranker+retrieval",
@@ -400,7 +403,7 @@ FAULTS: Final[tuple[Fault, ...]] = (
         "SIGKILL to both of home's",
         kill(Role.TRITON, Role.RETRIEVAL),
         (refuses_nobody(), late_at_most(0.01), recovers_within(10.0)),
-        after_s=12.0,
+        after_s=14.0,
     ),
     Fault(
         "F18-ranker+profiles",
@@ -408,7 +411,7 @@ FAULTS: Final[tuple[Fault, ...]] = (
         "both at once",
         without_profiles(Role.TRITON),
         (refuses_nobody(), late_at_most(0.01), recovers_within(10.0)),
-        after_s=12.0,
+        after_s=14.0,
     ),
     Fault(
         "F18-cache",

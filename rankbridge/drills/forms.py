@@ -27,7 +27,7 @@ from workloads.telemetry.service import LISTEN_ANYWHERE, LISTEN_VARIABLE
 Address = tuple[str, int]
 _SEEN_FROM: Final[Mapping[SiteName, str]] = {HOME.name: "127.0.110.1", AWS.name: "127.0.120.1"}
 """Where a site on loopback meets the relay: what it believes to be the other one."""
-ENDPOINT: Final = "AWSENDPOINT_URL"
+ENDPOINT: Final = "AWS_ENDPOINT_URL"
 _LOOK_S: Final = 0.05
 
 
