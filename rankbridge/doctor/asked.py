@@ -61,7 +61,7 @@ def options(serving: Serving, asked: Asked) -> Options:
         plan=None if asked.stack is None else Expected.of_stack(asked.stack),
         places=places,
         echo=None if asked.echo is None else _address(asked.echo, "--echo"),
-        routers=[_router(words) for words in asked.routers],
+        routers=[CommandRouter(_words(text)) for text in asked.routers],
         names=asked.names,
         certificates=asked.certificates,
         clocks=asked.clocks,
@@ -94,9 +94,11 @@ def _to_start(serving: Serving, running: tuple[Plan, Facts] | None, book: Addres
     return []
 
 
-def _router(words: str) -> CommandRouter:
-    before = tuple(shlex.split(words))
-    return CommandRouter(swanctl=(*before, "swanctl"), vtysh=(*before, "vtysh"))
+def _words(text: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise DeskError(f"--router {text}: {error}", 'write it as --router "ssh gw"') from None
 
 
 def _ip(text: str, option: str) -> str:

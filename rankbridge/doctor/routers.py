@@ -8,9 +8,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 import subprocess
 from collections.abc import Sequence
 from ipaddress import IPv4Address
+from pathlib import Path
 from typing import Protocol
 
 from rankbridge.doctor.findings import Finding, fault, ok, skipped
@@ -37,19 +39,29 @@ class Router(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class CommandRouter:
-    """The real door: both daemons' own commands, with what goes before or behind them where they are elsewhere."""
+    """The real door: both daemons' own commands, and the words before them where the daemons are elsewhere."""
 
-    swanctl: tuple[str, ...] = ("swanctl",)
-    swanctl_options: tuple[str, ...] = ()
-    vtysh: tuple[str, ...] = ("vtysh",)
+    before: tuple[str, ...] = ()
 
     def sas(self) -> str:
         """See `Router`."""
-        return _said([*self.swanctl, "--list-sas", "--raw", *self.swanctl_options])
+        return self._said("swanctl", "--list-sas", "--raw")
 
     def sessions(self) -> str:
         """See `Router`."""
-        return _said([*self.vtysh, "-c", _SUMMARY])
+        return self._said("vtysh", "-c", _SUMMARY)
+
+    def _said(self, *words: str) -> str:
+        # ssh gives a shell at the other end one line, whatever words it was given.
+        over_ssh = bool(self.before) and Path(self.before[0]).name == "ssh"
+        command = [*self.before, *([shlex.join(words)] if over_ssh else words)]
+        try:
+            done = subprocess.run(command, capture_output=True, check=False, timeout=_ASK_WITHIN_S)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise RouterFault(f"cannot ask {command[0]}: {error}") from None
+        if done.returncode != 0:
+            raise RouterFault(f"{command[0]} fails: {done.stderr.decode(errors='replace').strip()[-200:]}")
+        return done.stdout.decode(errors="replace")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,16 +143,6 @@ def _session(peer: IPv4Address, state: str, routes: int, *, needed: bool) -> Fin
     if routes == 0 and needed:  # a neighbour of the same site may have nothing to tell
         return fault(name, "Established, and no route is learnt", wanted, "compare the ranges with the prefix lists")
     return ok(name, f"Established, {routes} route{'' if routes == 1 else 's'} learnt", wanted)
-
-
-def _said(command: Sequence[str]) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, check=False, timeout=_ASK_WITHIN_S)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise RouterFault(f"cannot ask {command[0]}: {error}") from None
-    if done.returncode != 0:
-        raise RouterFault(f"{command[0]} fails: {done.stderr.decode(errors='replace').strip()[-200:]}")
-    return done.stdout.decode(errors="replace")
 
 
 def _there(told: str | None) -> str:

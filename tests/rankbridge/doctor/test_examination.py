@@ -137,6 +137,7 @@ def test_a_certificate_that_is_not_there_ends_with_1_and_its_remedy(capfd: pytes
         ["--stack", "foundation-local", "--peer", "10.0.0.1", "--echo", "10.0.0.1:x"],
         ["--stack", "foundation-local", "--peer", "10.0.0.1", "--echo", "10.0.0.1:99999"],
         ["--port", "nothing=1"],
+        ["--router", "ssh 'gw"],
         ["--answer", "203.0.113.7:1"],
         ["--answer", "nowhere"],
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from ipaddress import IPv4Address
+from pathlib import Path
 
 import pytest
 
@@ -94,6 +95,16 @@ def test_without_a_router_nothing_is_claimed():
 
 @pytest.mark.parametrize("command", [("/nowhere/ssh",), ("false",)])
 def test_a_command_that_is_missing_or_fails_is_a_fault(command: tuple[str, ...]):
-    told = examine([CommandRouter(swanctl=command, vtysh=command)], [])
+    told = examine([CommandRouter(command)], [])
     assert {one.verdict for one in told} == {Verdict.FAULT}
     assert command[0] in told[0].measured
+
+
+@pytest.mark.parametrize(("name", "runs"), [("ssh", 'exec sh -c "$*"'), ("enter", 'exec "$@"')])
+def test_words_arrive_whole_at_the_daemons_directly_and_over_ssh(tmp_path: Path, name: str, runs: str):
+    tools = {"swanctl": f"printf %s '{UP}'", "vtysh": f"[ $# = 2 ] && printf %s '{sessions()}'"}
+    for tool, body in {**tools, name: f"PATH={tmp_path}:$PATH; {runs}"}.items():
+        (tmp_path / tool).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / tool).chmod(0o755)
+    told = examine([CommandRouter((str(tmp_path / name),))], [PEER])
+    assert {one.verdict for one in told} == {Verdict.OK}, told
