@@ -55,3 +55,8 @@ cluster-tools: setup ## kube-apiserver and the rest from their Go modules into .
 
 test-cluster: cluster-tools ## what is declared, on a real Kubernetes control plane; ARGS="-k name"
 	@RANKBRIDGE_CLUSTER=1 $(BIN)/pytest tests/cluster $(ARGS)
+
+.PHONY: test-sites
+
+test-sites: setup ## two real tunnels between network namespaces, cut and healed (root); ARGS="-k name"
+	@RANKBRIDGE_SITES=1 $(BIN)/pytest tests/sites $(ARGS)

@@ -28,6 +28,8 @@ class SitesForm(enum.StrEnum):
     """How the two sites are laid out on this machine."""
 
     LOOPBACK = "loopback"
+    NETNS = "netns"
+    """Each in network namespaces of its own, with a real VPN between them; root."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Request:
     ports: tuple[str, ...] = ()
     reuse_bundle: bool = False
     keep_up: bool = False
+    sites: SitesForm = SitesForm.LOOPBACK
 
     def digest(self) -> str:
         """Names the ledger: two requests that would make the same thing have the same one."""
@@ -96,6 +99,8 @@ def reproduce(request: Request) -> list[str]:
     words = []
     if request.data.path is not None:
         words.append(f"DATA={request.data.kind}={request.data.path.name}")
+    if request.sites is not SitesForm.LOOPBACK:
+        words.append(f"SITES={request.sites.value}")
     options = []
     for name in ("users", "items", "events", "seed", "load_seconds", "min_samples"):
         value = getattr(request, name)

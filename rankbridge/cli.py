@@ -110,7 +110,6 @@ def rehearse(
 
     Example: `rankbridge rehearse --data online-retail=online_retail.csv.gz --out out`
     """
-    del sites  # one form so far; the choice is in the command contract
     request = Request(
         data=DataSource.parse(data),
         out=out,
@@ -126,6 +125,7 @@ def rehearse(
         ports=tuple(port or ()),
         reuse_bundle=reuse_bundle,
         keep_up=keep_up,
+        sites=sites,
     )
     from rankbridge.rehearsal import Rehearsal  # noqa: PLC0415 - plots and frames: a second that `status` need not wait
 

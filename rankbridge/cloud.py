@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 from rankbridge.faults import DeskError
 from rankbridge.interrupts import shield
 from rankbridge.layout import Layout
+from workloads.contract.sites import AWS, SiteName
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -68,15 +69,31 @@ def check(form: CloudForm, environ: Mapping[str, str]) -> list[DeskError]:
     return []
 
 
-def environment(form: CloudForm, layout: Layout, base: Mapping[str, str]) -> dict[str, str]:
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a LocalStack of ours runs: at which address, and what its command line begins with."""
+
+    host: str = "127.0.0.1"
+    entry: tuple[str, ...] = ()
+
+
+HERE: Final = Place()
+
+
+def place(hosts: Mapping[SiteName, str], entries: Mapping[SiteName, tuple[str, ...]]) -> Place:
+    """Of the sites' places, the cloud's."""
+    return Place(hosts[AWS.name], entries[AWS.name]) if AWS.name in hosts else HERE
+
+
+def environment(form: CloudForm, layout: Layout, base: Mapping[str, str], where: Place = HERE) -> dict[str, str]:
     """`base` with what a process needs to reach a cloud that is up."""
     if form is CloudForm.ENVIRONMENT:
         return dict(base)
-    return _local_cloud(layout)[0].environment(base)
+    return _local_cloud(layout, where)[0].environment(base)
 
 
 @contextlib.contextmanager
-def opened(form: CloudForm, layout: Layout, *, keep: bool = False) -> Iterator[Cloud]:
+def opened(form: CloudForm, layout: Layout, *, keep: bool = False, where: Place = HERE) -> Iterator[Cloud]:
     """The cloud for as long as it is needed. With `keep`, a LocalStack that was started stays.
 
     Raises DeskError. A LocalStack that ran already (`make localstack`) is used and left running.
@@ -84,16 +101,16 @@ def opened(form: CloudForm, layout: Layout, *, keep: bool = False) -> Iterator[C
     if form is CloudForm.ENVIRONMENT:
         yield Cloud(os.environ[DATA_BUCKET], os.environ[MODELS_BUCKET], {})
         return
-    with _localstack(layout, keep=keep) as cloud:
+    with _localstack(layout, keep=keep, where=where) as cloud:
         yield cloud
 
 
 @contextlib.contextmanager
-def _localstack(layout: Layout, *, keep: bool) -> Iterator[Cloud]:
+def _localstack(layout: Layout, *, keep: bool, where: Place) -> Iterator[Cloud]:
     from infra.emulator import EmulatorError  # noqa: PLC0415 - as in `check`
 
-    cloud, emulator, lock_days = _local_cloud(layout)
-    ours = layout.home / "localstack" / "rehearsal"
+    cloud, emulator, lock_days = _local_cloud(layout, where)
+    ours = _home(layout, where) / "rehearsal"
     ran = emulator.pid() is not None and emulator.healthy() and not _is_noted(ours, emulator.pid())
     try:
         emulator.start()
@@ -124,17 +141,18 @@ def _is_noted(note: Path, pid: int | None) -> bool:
     return False
 
 
-def _local_cloud(layout: Layout) -> tuple[Cloud, Emulator, int]:
+def _local_cloud(layout: Layout, where: Place = HERE) -> tuple[Cloud, Emulator, int]:
     """The LocalStack of this home of state, up or not, and the days that its published models are locked."""
     from infra import config, stackfile  # noqa: PLC0415 - as in `check`
-    from infra.emulator import STACK, Emulator, throw_away_secrets  # noqa: PLC0415
+    from infra.emulator import PORT, STACK, Emulator, throw_away_secrets  # noqa: PLC0415
     from infra.iam import DataClass, Scope  # noqa: PLC0415
 
     secrets = throw_away_secrets()
     plan = config.read(STACK, stackfile.values(STACK) | secrets, frozenset(secrets))
     scope = Scope(plan.names, plan.account)
-    home = layout.home / "localstack"
-    emulator = Emulator(home, _port(home))
+    home = _home(layout, where)
+    # In a network of its own the usual port is free.
+    emulator = Emulator(home, PORT if where.entry else _port(home), host=where.host, entry=where.entry)
     settings = {
         "AWS_ENDPOINT_URL": emulator.endpoint,
         "AWS_ACCESS_KEY_ID": "test",
@@ -147,6 +165,11 @@ def _local_cloud(layout: Layout) -> tuple[Cloud, Emulator, int]:
     }
     cloud = Cloud(scope.bucket(DataClass.DATA), scope.bucket(DataClass.MODELS), settings)
     return cloud, emulator, plan.storage.lock_days
+
+
+def _home(layout: Layout, where: Place) -> Path:
+    """One in a network of its own is another than the one on loopback."""
+    return layout.home / ("localstack-netns" if where.entry else "localstack")
 
 
 def stop_localstack(layout: Layout) -> bool:

@@ -124,13 +124,14 @@ def run(
     root: Path,
     append: bool = False,
     environment: Mapping[str, str] | None = None,
+    entry: Sequence[str] = (),
 ) -> ResultLine:
-    """Run `python -m MODULE ARGUMENTS` and return its result line.
+    """Run `python -m MODULE ARGUMENTS` and return its result line; `entry` comes before the command line.
 
     Raises DeskError with the job's own fault and remedy, or with the end of its log when it had no time to
     say one. Raises Interrupted once the job, told to stop the same way, has ended.
     """
-    command = [sys.executable, "-m", module, *arguments]
+    command = [*entry, sys.executable, "-m", module, *arguments]
     return follow(command, title=module, log=log, view=view, root=root, append=append, environment=environment)
 
 

@@ -1,7 +1,7 @@
 """The way between the two sites as a fault sees it: cut it, slow it, heal it.
 
-Two forms keep this door: the tunnels of the network-namespace rig, and a TCP relay where nobody is root. It does not know
-what travels on the link, nor who judges what becomes of it.
+Two forms keep this door: the tunnels of the network-namespace rig, and a TCP relay where nobody is root. It does not
+know what travels on the link, nor who judges what becomes of it.
 """
 
 from __future__ import annotations

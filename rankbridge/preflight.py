@@ -61,6 +61,8 @@ def ports(to_start: Iterable[Process]) -> list[DeskError]:
     """Whether each socket is free on its own address. All that are taken share one remedy, to be copied."""
     faults, taken, ways_out = [], [], {}
     for process in to_start:
+        if process.entry:
+            continue  # a network of its own
         for listener, (address, port) in zip(LISTENERS[process.role], process.sockets, strict=True):
             problem = _cannot_bind(address, port)
             if problem == errno.EADDRINUSE:

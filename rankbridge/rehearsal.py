@@ -32,6 +32,7 @@ from rankbridge import load as load_runs
 from rankbridge.asked import (
     AWS_SHARE,
     Request,
+    SitesForm,
     cloud_training_arguments,
     data_arguments,
     export_arguments,
@@ -45,14 +46,26 @@ from rankbridge.faults import DeskError
 from rankbridge.interrupts import shield
 from rankbridge.layout import Layout
 from rankbridge.load import LoadFiles, LoadPlan
-from rankbridge.roles import Followed, Process
+from rankbridge.rig import rig as rigs
+from rankbridge.rig.packets import Seen
+from rankbridge.rig.rig import Rig
+from rankbridge.roles import LOOPBACK, Followed, Places, Process
 from rankbridge.serving import Serving, home_digest
 from rankbridge.supervisor import Owner
 from rankbridge.tables import ladder_table, load_table, quality_table
-from rankbridge.verdict import BundleFacts, Crossing, DatasetFacts, Durability, LakeFacts, ProcessMemory, Verdict
+from rankbridge.verdict import (
+    BundleFacts,
+    Crossing,
+    DatasetFacts,
+    Durability,
+    LakeFacts,
+    ProcessMemory,
+    Verdict,
+    VpnFacts,
+)
 from workloads.bundle import manifest as manifests
 from workloads.contract.quality import QualityReport
-from workloads.contract.sites import AWS, HOME, Listener
+from workloads.contract.sites import AWS, HOME, Listener, SiteName
 from workloads.contract.storage import STABLE
 from workloads.data.dataset import SPLITS, read_meta
 from workloads.data.split import SplitReport
@@ -154,6 +167,8 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True):
     new_item_after_s: dict[str, float] = {}
     """From the moment at which the new item's file was there, by site."""
     lake: LakeFacts | None = None
+    vpn: VpnFacts | None = None
+    """What was between the sites; None on loopback."""
 
 
 class Hands(Protocol):
@@ -324,6 +339,7 @@ class Rehearsal:
             memory=loaded.memory,
             durability=loaded.durability,
             crossing=self._crossing(loaded),
+            vpn=loaded.vpn,
             steps=[verdict.Step(name=one.name.value, seconds=one.seconds, note=one.note) for one in self._ledger.done],
             curves=verdict.curves(lines),
             injected=r.injections,
@@ -390,6 +406,17 @@ class Rehearsal:
             yield
 
 
+_AT: Final[Mapping[str, SiteName]] = {
+    "workloads.data": HOME.name,
+    "workloads.lake": HOME.name,
+    "workloads.replication": HOME.name,
+    "workloads.training": AWS.name,
+    "workloads.export": AWS.name,
+    "workloads.delta": AWS.name,
+}
+"""Where each job runs: what it reads from elsewhere crosses the VPN, where there is one."""
+
+
 class LocalHands:
     """The real hands: jobs and servers of this machine."""
 
@@ -397,17 +424,26 @@ class LocalHands:
         self._layout = layout
         self._console = console
         self._environment = dict(os.environ)
+        self._places = LOOPBACK
+        self._rig: Rig | None = None
         self._serving = Serving.of(layout, say=lambda text: console.print(f"  {escape(text)}", soft_wrap=True))
 
     def check(self, request: Request) -> None:
         """See Hands."""
         serving = self._serving
+        if request.sites is SitesForm.NETNS:
+            preflight.refuse(rigs.faults())  # without it there is nothing else to say
         with serving.supervisor.lock():
             serving.make_way(Owner.REHEARSAL)
         faults: list[DeskError] = []
         to_start: list[Process] = []
+        places = LOOPBACK
+        if request.sites is SitesForm.NETNS:
+            if request.keep_up:
+                faults.append(DeskError("--keep-up: a rig ends with its rehearsal", "keep sites up on loopback"))
+            places = Places(entries=dict.fromkeys(SiteName, ("nsenter",)))  # not made yet, and free of all others
         try:
-            plan, _ = serving.plan(Followed(STABLE, "none", request.aws), request.ports, request.injections)
+            plan, _ = serving.plan(Followed(STABLE, "none", request.aws), request.ports, request.injections, places)
             to_start = serving.processes(plan)
         except DeskError as fault:
             faults.append(fault)
@@ -420,7 +456,15 @@ class LocalHands:
     @contextlib.contextmanager
     def cloud(self, request: Request) -> Iterator[Cloud]:
         """See Hands."""
-        with clouds.opened(request.aws, self._layout, keep=request.keep_up) as cloud:
+        with contextlib.ExitStack() as stack:
+            if request.sites is SitesForm.NETNS:
+                self._rig = rig = stack.enter_context(rigs.opened(self._layout.logs / "rig"))
+                self._places = Places(rig.hosts, {site: rig.entry(site) for site in SiteName})
+                self._console.print(f"  two tunnels are up between {' and '.join(rig.hosts.values())}")
+            where = clouds.place(self._places.hosts, self._places.entries)
+            cloud = stack.enter_context(
+                clouds.opened(request.aws, self._layout, keep=request.keep_up, where=where),
+            )
             self._environment = cloud.environment(os.environ)
             yield cloud
 
@@ -435,6 +479,7 @@ class LocalHands:
                 root=self._layout.root,
                 append=append,
                 environment=self._environment,
+                entry=self._places.entries.get(_AT[module], ()),
             )
 
     def newest_bundle(self) -> Path:
@@ -445,7 +490,7 @@ class LocalHands:
         """See Hands."""
         serving, publisher = self._serving, Publisher(self._layout, cloud)
         followed = Followed(publisher.channel, cloud.models_bucket, request.aws)
-        plan, facts = serving.plan(followed, request.ports, request.injections)
+        plan, facts = serving.plan(followed, request.ports, request.injections, self._places)
         files = LoadFiles(folder)
         gateways = {site.name.value: plan.addresses.url(site, Listener.GATEWAY) for site in (HOME, AWS)}
         wanted = LoadPlan(
@@ -467,7 +512,7 @@ class LocalHands:
             publisher.promote(bundle.name)
             served.update(border.served_after(gateways, bundle.name, since))
 
-        with jobs.viewing(self._console) as view:
+        with jobs.viewing(self._console) as view, self._watched() as seen:
             # What cannot come up ends what it started itself; sites that somebody else has up are none of ours.
             owner = Owner.UP if request.keep_up else Owner.REHEARSAL
             serving.up(plan, facts, owner=owner, view=view, started=promote)
@@ -493,7 +538,18 @@ class LocalHands:
             served_after_s=served,
             new_item_after_s=found,
             lake=self._lake(folder),
+            vpn=seen(),
         )
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[Callable[[], VpnFacts | None]]:
+        """Every frame between the sites is looked at, where there are any; the callable says what was seen."""
+        if self._rig is None:
+            yield lambda: None
+            return
+        rig = self._rig
+        with rig.watched() as seen:
+            yield lambda: _vpn(rig, seen())
 
     def _new_item(
         self, publisher: Publisher, bundle: Path, folder: Path, gateways: Mapping[str, str]
@@ -515,6 +571,21 @@ class LocalHands:
         except DeskError as difference:
             return LakeFacts(events=0, difference=difference.fault)
         return LakeFacts(events=int(done.figures["events"]))
+
+
+def _vpn(rig: Rig, seen: Seen) -> VpnFacts:
+    state = rig.state()
+    return VpnFacts(
+        tunnels=len(state.tunnels),
+        up=sum(one.up for one in state.tunnels),
+        cipher=", ".join(sorted({sa.cipher for one in state.tunnels for sa in one.sas.values()})),
+        mtu=rig.mtu,
+        frames=seen.frames,
+        encrypted=seen.kinds.get("esp", 0),
+        missed=seen.missed,
+        wrong=seen.wrong,
+        faults=list(seen.faults),
+    )
 
 
 def durability(acknowledged: Path, store: Path) -> Durability:

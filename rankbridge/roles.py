@@ -93,6 +93,19 @@ def parse_ports(settings: Sequence[str]) -> tuple[AddressBook, list[DeskError]]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Places:
+    """Where the sites are on this machine, when it is not loopback."""
+
+    hosts: Mapping[SiteName, str] = dataclasses.field(default_factory=dict)
+    """The address at which a site's processes listen."""
+    entries: Mapping[SiteName, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """What to put before a command line so that it runs there."""
+
+
+LOOPBACK: Final = Places()
+
+
+@dataclasses.dataclass(frozen=True)
 class Process:
     """One process to run: everything needed to start it and to ask it how it is."""
 
@@ -105,6 +118,8 @@ class Process:
     ready_within_s: float
     grace_s: float = 8.0
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    entry: tuple[str, ...] = ()
+    """What its command line begins with to run in a network of its own, where every port is free."""
 
     @property
     def name(self) -> str:
@@ -135,6 +150,8 @@ class Plan:
     serves: Path | Followed
     """A finished bundle, `<bundles>/<64 hex>`, for ever; or the channel that both sites follow."""
     injections: tuple[str, ...] = ()
+    entries: Mapping[SiteName, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """As in `Places`."""
 
     @property
     def bundle(self) -> Path | None:
@@ -169,15 +186,21 @@ class Plan:
         else:
             # One thread in each numeric library: parallelism here is between processes.
             own |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        entry = self.entries.get(site.name, ())
+        if entry:
+            from workloads.telemetry.service import LISTEN_ANYWHERE, LISTEN_VARIABLE  # noqa: PLC0415 - half a second
+
+            own[LISTEN_VARIABLE] = LISTEN_ANYWHERE  # nobody else is in that network
         return Process(
             site=site.name,
             role=role,
-            command=tuple(command),
-            sockets=tuple((site.address, self.addresses.port(listener)) for listener in listeners),
+            command=(*entry, *command),
+            sockets=tuple((self.addresses.host(site), self.addresses.port(listener)) for listener in listeners),
             url=url,
             ready_url=url + READY_PATHS[role],
             ready_within_s=READY_WITHIN_S[role],
             environment=own,
+            entry=entry,
         )
 
     def _command(self, site: Site, role: Role, triton: Triton) -> list[str]:

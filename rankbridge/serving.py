@@ -18,7 +18,7 @@ from rankbridge import cloud as clouds
 from rankbridge import jobs, preflight, triton
 from rankbridge.faults import DeskError
 from rankbridge.layout import Layout
-from rankbridge.roles import Followed, Plan, Process, Role, injection_faults, parse_ports
+from rankbridge.roles import LOOPBACK, Followed, Places, Plan, Process, Role, injection_faults, parse_ports
 from rankbridge.supervisor import Condition, Facts, GatewayStatus, Owner, ProcessStatus, Say, Supervisor
 from workloads.bundle import manifest as manifests
 from workloads.bundle import store
@@ -89,8 +89,9 @@ class Serving:
         serves: Path | Followed,
         ports: Sequence[str],
         injections: Sequence[str],
+        places: Places = LOOPBACK,
     ) -> tuple[Plan, Facts]:
-        """What to bring about. Raises DeskError for settings that cannot be."""
+        """What to bring about, and where. Raises DeskError for settings that cannot be."""
         addresses, faults = parse_ports(ports)
         preflight.refuse([*faults, *injection_faults(injections)])
         followed = serves if isinstance(serves, Followed) else None
@@ -101,8 +102,11 @@ class Serving:
             aws=followed.aws if followed else None,
             ports={listener.value: port for listener, port in addresses.overrides.items()},
             injections=tuple(injections),
+            hosts=dict(places.hosts),
+            entries=dict(places.entries),
         )
-        return Plan(self.layout, addresses, serves, tuple(injections)), facts
+        addresses = AddressBook(addresses.overrides, places.hosts)
+        return Plan(self.layout, addresses, serves, tuple(injections), places.entries), facts
 
     def running_plan(self) -> tuple[Plan, Facts] | None:
         """The plan that what is up now was started with; None when nothing is up."""
@@ -111,7 +115,7 @@ class Serving:
             return None
         facts = state.facts
         ports = [f"{name}={port}" for name, port in facts.ports.items()]
-        return self.plan(_serves(facts), ports, facts.injections)
+        return self.plan(_serves(facts), ports, facts.injections, Places(facts.hosts, facts.entries))
 
     def up(
         self,
@@ -187,7 +191,9 @@ class Serving:
     def _environment(self, plan: Plan) -> dict[str, str]:
         """What processes find in their environment: agents that follow a channel need its cloud."""
         if isinstance(plan.serves, Followed):
-            return clouds.environment(plan.serves.aws, self.layout, self.environment)
+            return clouds.environment(
+                plan.serves.aws, self.layout, self.environment, clouds.place(plan.addresses.hosts, plan.entries)
+            )
         return dict(self.environment)
 
     def make_way(self, owner: Owner, facts: Facts | None = None) -> None:

@@ -53,6 +53,9 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     ports: dict[str, int] = {}
     """Overrides by listener name."""
     injections: tuple[str, ...] = ()
+    hosts: dict[SiteName, str] = {}
+    entries: dict[SiteName, tuple[str, ...]] = {}
+    """Both as in `rankbridge.roles.Places`; empty on loopback."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):

@@ -73,12 +73,12 @@ class Triton:
             f"--backend-directory={self._assemble(scratch / 'triton-backends')}",
             f"--backend-config=python,shm-region-prefix-name={shared_memory_prefix(site, addresses)}",
             f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
-            f"--http-address={site.address}",
+            f"--http-address={addresses.host(site)}",
             f"--http-port={addresses.port(Listener.TRITON_HTTP)}",
             f"--http-thread-count={HTTP_THREADS}",
-            f"--grpc-address={site.address}",
+            f"--grpc-address={addresses.host(site)}",
             f"--grpc-port={addresses.port(Listener.TRITON_GRPC)}",
-            f"--metrics-address={site.address}",
+            f"--metrics-address={addresses.host(site)}",
             f"--metrics-port={addresses.port(Listener.TRITON_METRICS)}",
             "--allow-gpu-metrics=false",
             "--pinned-memory-pool-byte-size=0",
@@ -137,7 +137,9 @@ def locate(root: Path) -> Triton:
 
 def shared_memory_prefix(site: Site, addresses: AddressBook) -> str:
     """How the Python backend's shared memory regions of a site's server are named."""
-    return f"rankbridge-{site.name.value}-{addresses.port(Listener.TRITON_HTTP)}-"
+    # Memory is one for all network namespaces, in which ports are the same.
+    place = f"-{addresses.host(site)}" if site.name in addresses.hosts else ""
+    return f"rankbridge-{site.name.value}{place}-{addresses.port(Listener.TRITON_HTTP)}-"
 
 
 def remove_shared_memory(site: Site, addresses: AddressBook) -> int:

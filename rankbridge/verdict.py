@@ -33,6 +33,8 @@ _DAY_MS: Final = 86_400_000
 _VERSIONED: Final = ("torch", "onnxruntime", "faiss-cpu", "tantivy", "litestar", "uvicorn", "tritonclient", "locust")
 
 
+_VPN: Final = "VPN"
+_DISTANCE: Final = "Distance between sites"
 _LOCAL: Final = {
     "Training": (True, "both models trained in PyTorch, checkpoints and early stopping included"),
     "Models served": (True, "ONNX, compared with the trained ones before a bundle is written"),
@@ -46,7 +48,8 @@ _LOCAL: Final = {
     "S3": (False, "LocalStack, an empty AWS on this machine, or what the environment named"),
     "GPU of aws": (False, "the same ONNX models on this machine's CPU"),
     "Triton's ONNX backend": (False, "ONNX Runtime inside Triton's Python backend; costs 0.5 to 1 ms more"),
-    "Distance between sites": (False, "two loopback addresses: no VPN, no delay, no loss"),
+    _VPN: (False, "none: both sites are loopback addresses of one machine"),
+    _DISTANCE: (False, "none: no delay, no loss"),
     "Kubernetes and AWS": (False, "not part of this run; processes are supervised directly"),
     "Customers": (False, "load users, drawn by the catalogue's popularity"),
     "Machines": (False, "sites and load generator share one machine and slow each other down"),
@@ -237,6 +240,26 @@ class Crossing(msgspec.Struct, frozen=True, kw_only=True):
     lake: LakeFacts | None
 
 
+class VpnFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """The VPN that was between the sites while they served, and what was seen on its wires."""
+
+    tunnels: int
+    up: int
+    """How many of them were up at the end."""
+    cipher: str
+    mtu: int
+    """Bytes of the largest inner packet."""
+    frames: int
+    encrypted: int
+    """Frames that were ESP; the others were IKE and ARP."""
+    missed: int
+    """Frames that could not be looked at."""
+    wrong: int
+    """Frames that had no business there, an inner address in clear above all."""
+    faults: list[str]
+    """The first of these, in words."""
+
+
 class LedgerLine(msgspec.Struct, frozen=True, kw_only=True):
     """One part of the rehearsal: the thing itself, or a stand-in for it."""
 
@@ -271,6 +294,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     memory: Memory | None
     durability: Durability | None
     crossing: Crossing | None = None
+    vpn: VpnFacts | None = None
+    """None where there was none between the sites."""
     steps: list[Step]
     curves: list[Curve]
     ledger: list[LedgerLine]
@@ -296,6 +321,7 @@ def build(
     memory: Sequence[ProcessMemory] = (),
     durability: Durability | None = None,
     crossing: Crossing | None = None,
+    vpn: VpnFacts | None = None,
     steps: Sequence[Step] = (),
     curves: Sequence[Curve] = (),
     injected: Sequence[str] = (),
@@ -317,6 +343,7 @@ def build(
         *_memory_breaches(kept),
         *_durability_breaches(durability),
         *_crossing_breaches(crossing),
+        *_vpn_breaches(vpn),
     ]
     return Verdict(
         passed=not breaches,
@@ -330,9 +357,12 @@ def build(
         memory=kept,
         durability=durability,
         crossing=crossing,
+        vpn=vpn,
         steps=list(steps),
         curves=list(curves),
-        ledger=list(ledger) if ledger is not None else local_ledger(simulated=dataset is None or dataset.simulated),
+        ledger=list(ledger)
+        if ledger is not None
+        else local_ledger(simulated=dataset is None or dataset.simulated, vpn=vpn),
         machine=machine(),
         injected=list(injected),
         notes=[*notes, *_small_run(load), *(load.notes if load is not None else [])],
@@ -364,14 +394,21 @@ def curves(lines: Iterable[Line]) -> list[Curve]:
     ]
 
 
-def local_ledger(*, simulated: bool) -> list[LedgerLine]:
-    """What is real and what is emulated when both sites run on one machine."""
+def local_ledger(*, simulated: bool, vpn: VpnFacts | None = None) -> list[LedgerLine]:
+    """What is real and what is emulated when both sites run on one machine, with `vpn` between them or nothing."""
     behaviour = (
         (False, "drawn by the seeded simulator; its planted taste is known")
         if simulated
         else (True, "recorded from real people, cleaned by the rules listed here")
     )
     lines = {"Behaviour": behaviour, **_LOCAL}
+    if vpn is not None:
+        lines[_VPN] = (
+            True,
+            f"{vpn.tunnels} IKEv2 tunnels of strongSwan with BGP over them, between network namespaces; ESP made by "
+            f"strongSwan itself, not the kernel ({vpn.cipher}, packets of at most {vpn.mtu} bytes)",
+        )
+        lines[_DISTANCE] = (False, "none: the wires under the tunnels delay nothing and lose nothing")
     return [LedgerLine(part=part, real=real, what=what) for part, (real, what) in lines.items()]
 
 
@@ -484,6 +521,30 @@ def _memory_breaches(memory: Memory | None) -> Iterable[Breach]:
             measured=memory.total_mb,
             allowed=memory.allowed_mb,
             unit="MiB",
+        )
+
+
+def _vpn_breaches(vpn: VpnFacts | None) -> Iterable[Breach]:
+    if vpn is None:
+        return
+    if vpn.wrong:
+        yield Breach(
+            what="seen_in_clear",
+            sentence=f"{vpn.wrong} frames between the sites had no business there; the first: {vpn.faults[0]}.",
+            measured=vpn.wrong,
+            allowed=0,
+            unit="frames",
+        )
+    if vpn.missed or not vpn.encrypted:
+        yield Breach(
+            what="unseen_frames",
+            sentence=(
+                f"{vpn.missed} frames between the sites could not be looked at, and {vpn.encrypted} were seen "
+                "encrypted: nobody can say that nothing was in clear."
+            ),
+            measured=vpn.missed,
+            allowed=0,
+            unit="frames",
         )
 
 

@@ -44,11 +44,14 @@ class Emulator:
     home: Path
     port: int = PORT
     environment: Path = ENVIRONMENT
+    host: str = "127.0.0.1"
+    entry: tuple[str, ...] = ()
+    """What its command line begins with to run in a network of its own, which `host` is in."""
 
     @property
     def endpoint(self) -> str:
         """Where it listens."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     @property
     def _pid_file(self) -> Path:
@@ -85,9 +88,9 @@ class Emulator:
         # Spawned, not a Popen: it outlives the object, and this process too when it is a command line.
         log = os.open(self.home / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            pid = os.posix_spawn(
-                python,
-                [str(python), "-m", "localstack.runtime.main"],
+            pid = os.posix_spawnp(
+                [*self.entry, str(python)][0],
+                [*self.entry, str(python), "-m", "localstack.runtime.main"],
                 self._environment(),
                 file_actions=[
                     (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
@@ -115,7 +118,7 @@ class Emulator:
             "PATH": f"{self.environment / 'bin'}:{os.environ.get('PATH', os.defpath)}",
             "HOME": str(self.home),
             "TMPDIR": directories["tmp"],
-            "GATEWAY_LISTEN": f"127.0.0.1:{self.port}",
+            "GATEWAY_LISTEN": f"{self.host}:{self.port}",
             "SKIP_SSL_CERT_DOWNLOAD": "1",
             "DISABLE_EVENTS": "1",
             "DNS_ADDRESS": "0",

@@ -344,6 +344,12 @@ def opened(logs: Path, planned: Planned | None = None, *, wait: bool = True) -> 
                 namespaces.remove(wiring)
 
 
+def remove_leftovers() -> list[str]:
+    """Remove what killed rigs left on this machine; the names of their namespaces."""
+    link = Planned.of().link
+    return namespaces.remove_leftovers(lambda slot: Wiring(link, slot))
+
+
 def until(holds: Callable[[], bool], within_s: float, otherwise: Callable[[], str]) -> float:
     """Seconds until something holds. Raises DeskError with `otherwise`'s words."""
     began = time.monotonic()

@@ -14,6 +14,7 @@ import pytest
 from rankbridge import cli, interrupts, rehearsal
 from rankbridge.interrupts import Interrupted
 from rankbridge.layout import HOME_VARIABLE
+from rankbridge.rig import namespaces
 
 COMMANDS = (
     "rehearse",
@@ -55,6 +56,17 @@ def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]):
     assert run("--help") == 0
     shown = capsys.readouterr().out
     assert [command for command in COMMANDS if not re.search(rf"^│ {command} ", shown, re.MULTILINE)] == []
+
+
+def test_namespaces_without_root_are_one_error_and_exit_code_two(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(namespaces, "is_root", lambda: False)
+    assert run("rehearse", "--sites", "netns") == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 2
+    assert "need root" in said[0]
+    assert "remedy: " in said[1]
 
 
 def test_down_when_nothing_is_up_is_no_fault(capsys: pytest.CaptureFixture[str]):

@@ -9,6 +9,7 @@ import pytest
 from rankbridge import cloud
 from rankbridge.cloud import Cloud, CloudForm
 from rankbridge.layout import Layout
+from workloads.contract.sites import AWS
 
 
 class FakeLocalStack:
@@ -37,7 +38,7 @@ class FakeLocalStack:
 def localstack(monkeypatch: pytest.MonkeyPatch) -> FakeLocalStack:
     fake = FakeLocalStack()
     made = Cloud("data", "models", {"AWS_DEFAULT_REGION": "eu-central-1"})
-    monkeypatch.setattr(cloud, "_local_cloud", lambda _: (made, fake, 1))
+    monkeypatch.setattr(cloud, "_local_cloud", lambda *_: (made, fake, 1))
     monkeypatch.setattr(cloud, "s3", lambda _: None)
     monkeypatch.setattr(cloud, "_make_bucket", lambda *_, **__: None)
     return fake
@@ -88,3 +89,11 @@ def test_what_is_to_stay_stays_also_with_the_next_rehearsal(localstack: FakeLoca
     assert localstack.running == 101
     _rehearse(layout)
     assert localstack.running == 101
+
+
+def test_in_a_network_of_its_own_localstack_has_that_address_and_a_home_apart(layout: Layout):
+    where = cloud.place({AWS.name: "10.220.1.10"}, {AWS.name: ("nsenter", "--net=/run/netns/x", "--")})
+    settings = cloud.environment(cloud.CloudForm.LOCALSTACK, layout, {}, where)
+    assert settings["AWS_ENDPOINT_URL"] == "http://10.220.1.10:4566"
+    assert cloud.place({}, {}) == cloud.HERE
+    assert not (layout.home / "localstack").exists()

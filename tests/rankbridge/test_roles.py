@@ -108,6 +108,25 @@ def test_a_port_override_holds_at_both_sites_and_for_those_who_call_it(layout: L
         assert f"http://{site.address}:9081" in found[f"{site.name}-gateway"].command
 
 
+def test_sites_in_networks_of_their_own_have_other_addresses_the_same_ports_and_a_way_in(
+    layout: Layout, triton: Triton
+):
+    hosts = {ONPREM.name: "10.210.1.10", AWS.name: "10.220.1.10"}
+    entries = {site: ("nsenter", f"--net=/run/netns/{site}", "--") for site in SiteName}
+    elsewhere = Plan(layout, AddressBook(hosts=hosts), layout.bundles / BUNDLE_ID, entries=entries)
+    found = {one.name: one for one in elsewhere.processes(triton, {})}
+    for name, here in processes(layout, triton).items():
+        there = found[name]
+        assert there.command[:3] == entries[there.site] == there.entry
+        assert len(there.command) == len(here.command) + 3
+        assert [port for _, port in there.sockets] == [port for _, port in here.sockets]
+        assert {host for host, _ in there.sockets} == {hosts[there.site]}
+        assert "127.0." not in " ".join(there.command)
+        if there.role is not Role.TRITON:
+            assert there.environment["RANKBRIDGE_LISTEN"] == "anywhere"
+            assert "RANKBRIDGE_LISTEN" not in here.environment
+
+
 def test_each_gateway_is_told_of_the_other_sites_and_of_no_other_process(layout: Layout, triton: Triton):
     found = processes(layout, triton)
     for site, other in ((ONPREM, AWS), (AWS, ONPREM)):

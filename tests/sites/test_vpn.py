@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -224,11 +225,14 @@ def test_inner_packets_are_as_large_as_planned_and_no_larger(rig: Rig):
 def test_an_mtu_hole_swallows_large_packets_and_lets_small_ones_through(rig: Rig, pulse: Pulse):
     rig.shape(Shape(largest=1300))
     pulse.after(time.monotonic(), within_s=5)
-    with listening(rig, 100_000), calling(rig) as call:
+    with listening(rig, 100_000) as digests, calling(rig) as call:
         call.settimeout(3)
+        call.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # nothing is sent again
+        call.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 400_000)
+        call.sendall(os.urandom(100_000))
         with pytest.raises(TimeoutError):
-            call.sendall(os.urandom(100_000))
             call.recv(32)
+    assert not digests
     assert rig.state().tunnels[0].up, "no daemon sees such a hole: its own packets are small"
 
 

@@ -116,11 +116,12 @@ HOME: Site = ONPREM
 class AddressBook:
     """Where every listener is, with the operator's port overrides applied.
 
-    `overrides` maps a listener to a port for all sites. Raises ValueError when a port is out of
-    range, or when two listeners would share one.
+    `overrides` maps a listener to a port for all sites, `hosts` a site to an address in the place of its loopback one.
+    Raises ValueError when a port is out of range, or when two listeners would share one.
     """
 
     overrides: Mapping[Listener, int] = dataclasses.field(default_factory=dict)
+    hosts: Mapping[SiteName, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse ports that cannot work, naming every fault at once."""
@@ -142,10 +143,14 @@ class AddressBook:
         """The port of a listener, the same at each site."""
         return self.overrides.get(listener, PORTS[listener])
 
+    def host(self, site: Site) -> str:
+        """The address of a site, the same for each listener."""
+        return self.hosts.get(site.name, site.address)
+
     def url(self, site: Site, listener: Listener) -> str:
         """Base URL of a listener at a site, without a trailing slash."""
-        return f"http://{site.address}:{self.port(listener)}"
+        return f"http://{self.host_port(site, listener)}"
 
     def host_port(self, site: Site, listener: Listener) -> str:
         """`host:port` of a listener at a site."""
-        return f"{site.address}:{self.port(listener)}"
+        return f"{self.host(site)}:{self.port(listener)}"

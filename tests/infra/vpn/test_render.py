@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import shutil
 import subprocess
 import time
 from ipaddress import AddressValueError, IPv4Address, IPv4Network
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -15,7 +18,7 @@ from hypothesis import strategies as st
 from infra.plan import FaultsError, Site
 from infra.vpn import plan, render
 from infra.vpn.plan import Cipher, DhGroup, Link, Transport, Tunnel
-from infra.vpn.render import Endpoint
+from infra.vpn.render import Dataplane, Endpoint
 from workloads.contract.sites import SiteKind
 
 HOME = Site("onprem", SiteKind.HOME, "home", IPv4Network("10.10.0.0/16"), 65010, router=IPv4Address("203.0.113.10"))
@@ -210,6 +213,78 @@ def test_one_mtu_and_its_segment_size_are_everywhere():
     assert text[render.NFT].count("maxseg size set 1406") == 3
 
 
+# The other end, and the form without kernel ESP: what the rig is made from.
+
+USERSPACE = dataclasses.replace(TRANSPORT, mtu=1400)
+
+
+def userspace(site: Site, number: int = 0, **options: object) -> dict[str, str]:
+    other = AWS if site is HOME else HOME
+    chosen: dict[str, Any] = {"reachable": [other.cidr], "dataplane": Dataplane.LIBIPSEC} | options
+    return render.files(site, [ENDPOINTS[number]], USERSPACE, **chosen)
+
+
+def test_both_ends_of_a_tunnel_name_each_other_and_agree_on_everything_else():
+    home, cloud = userspace(HOME)[render.SWANCTL], userspace(AWS)[render.SWANCTL]
+    assert "local_addrs = 203.0.113.10\n        remote_addrs = 198.51.100.1\n" in home
+    assert "local_addrs = 198.51.100.1\n        remote_addrs = 203.0.113.10\n" in cloud
+    for agreed in ("proposals = aes256gcm16-prfsha384-ecp384", "esp_proposals = aes256gcm16-ecp384", PSKS[0]):
+        assert agreed in home
+        assert agreed in cloud
+
+
+def test_home_calls_and_aws_waits():
+    home, cloud = userspace(HOME)[render.SWANCTL], userspace(AWS)[render.SWANCTL]
+    assert "start_action = start" in home
+    assert "dpd_action = restart" in home
+    assert "start_action = none" in cloud
+    assert "dpd_action = clear" in cloud
+
+
+def test_aws_gives_a_silent_peer_no_less_than_its_thirty_seconds():
+    text = userspace(AWS)[render.STRONGSWAN]
+    (every,) = re.findall(r"retransmit_timeout = (\S+)", text)
+    (again,) = re.findall(r"retransmit_tries = (\d+)", text)
+    assert "retransmit_base = 1.0" in text
+    assert float(every) * (int(again) + 1) >= render.AWS_DPD_TIMEOUT
+
+
+def test_home_finds_a_silent_peer_seven_seconds_after_its_question():
+    text = rendered()[render.STRONGSWAN]
+    assert "retransmit_timeout = 1.0\n    retransmit_base = 1.0\n    retransmit_tries = 6\n" in text
+
+
+def test_bgp_of_both_ends_names_the_other_with_the_timers_of_each():
+    home, cloud = userspace(HOME)[render.FRR], userspace(AWS)[render.FRR]
+    assert " neighbor 169.254.10.1 remote-as 64620\n" in home
+    assert " neighbor 169.254.10.2 remote-as 65010\n" in cloud
+    assert " neighbor 169.254.10.2 timers 10 30\n" in cloud
+    assert "permit 10.20.0.0/16\n" in cloud.split("RANKBRIDGE-IN")[0], "AWS tells its own range"
+
+
+def test_a_router_of_the_site_learns_what_its_box_learns():
+    text = userspace(HOME, neighbours=[IPv4Address("10.10.255.1")])[render.FRR]
+    assert " neighbor 10.10.255.1 remote-as 65010\n" in text
+    assert "  neighbor 10.10.255.1 next-hop-self\n" in text
+
+
+def test_without_kernel_esp_packets_travel_in_udp_on_charons_own_device():
+    text = userspace(HOME)
+    assert "encap = yes" in text[render.SWANCTL]
+    assert "if_id" not in text[render.SWANCTL]
+    assert "kernel-libipsec" in text[render.STRONGSWAN]
+    assert "ensure ipsec0 101 169.254.10.2/30\n" in text[render.INTERFACES]
+    assert "ip link add" not in text[render.INTERFACES]
+    assert text[render.NFT].count('"ipsec0"') == 3
+
+
+def test_what_charon_cannot_do_by_itself_is_refused():
+    with pytest.raises(ValueError, match="2 tunnels"):
+        render.files(HOME, ENDPOINTS, USERSPACE, reachable=[], dataplane=Dataplane.LIBIPSEC)
+    with pytest.raises(ValueError, match="mtu 1446"):
+        render.files(HOME, ENDPOINTS[:1], TRANSPORT, reachable=[], dataplane=Dataplane.LIBIPSEC)
+
+
 # The real parsers. A tool that is not installed is a reason, not a pass.
 
 
@@ -246,9 +321,12 @@ def test_nft_accepts_its_file_and_refuses_a_broken_one(tmp_path: Path):
     assert run(command, "-c", "-f", str(bad)).returncode != 0
 
 
-def test_shellcheck_has_nothing_to_say(tmp_path: Path):
+@pytest.mark.parametrize(
+    "text", [rendered()[render.INTERFACES], userspace(HOME)[render.INTERFACES]], ids=["xfrm", "tun"]
+)
+def test_shellcheck_has_nothing_to_say(tmp_path: Path, text: str):
     script = tmp_path / "interfaces.sh"
-    script.write_text(rendered()[render.INTERFACES])
+    script.write_text(text)
     assert run("sh", "-n", str(script)).returncode == 0
     found = run(tool("shellcheck"), "--severity=style", str(script))
     assert found.returncode == 0, found.stdout

@@ -14,6 +14,7 @@ from rankbridge.verdict import (
     Durability,
     ProcessMemory,
     Verdict,
+    VpnFacts,
     check_quality,
     curves,
     local_ledger,
@@ -146,6 +147,30 @@ def test_the_ledger_calls_a_simulation_emulated_and_recorded_behaviour_real():
         assert ledger["Behaviour"] is not simulated
         assert ledger["GPU of aws"] is False
         assert ledger["Inference server"] is True
+
+
+def vpn(**changes: object) -> VpnFacts:
+    usual = {"tunnels": 2, "up": 2, "cipher": "AES_GCM_16", "mtu": 1400, "frames": 9000, "encrypted": 8900}
+    rest = {"missed": 0, "wrong": 0, "faults": []}
+    return msgspec.convert(usual | rest | changes, type=VpnFacts)
+
+
+def test_the_ledger_says_whether_there_was_a_vpn_between_the_sites(make_verdict: Make):
+    without, between = ({one.part: one for one in make_verdict(vpn=there).ledger} for there in (None, vpn()))
+    assert without["VPN"].real is False
+    assert between["VPN"].real is True
+    assert "AES_GCM_16" in between["VPN"].what
+    assert [*without] == [*between]
+    assert between["Distance between sites"].real is False
+
+
+def test_a_packet_in_clear_or_one_that_nobody_looked_at_fails_a_run(make_verdict: Make):
+    assert make_verdict(vpn=vpn()).passed
+    leaked = make_verdict(vpn=vpn(wrong=1, faults=["UDP with 10.210.1.10: an inner address in clear"]))
+    assert whats(leaked) == ["seen_in_clear"]
+    assert "10.210.1.10" in leaked.breaches[0].sentence
+    assert whats(make_verdict(vpn=vpn(missed=3))) == ["unseen_frames"]
+    assert whats(make_verdict(vpn=vpn(encrypted=0))) == ["unseen_frames"]
 
 
 def test_a_small_run_is_called_one(make_verdict: Make, good_verdict: Verdict):
