@@ -99,7 +99,7 @@ def windows(samples: Iterable[Sample], *, start_s: float, end_s: float, width_s:
 
 
 def seen_after_s(samples: Iterable[Sample], fault_s: float) -> float | None:
-    """From a fault to the first answer that shows it: a lower rung, another site's ranker, a refusal, none at all.
+    """From a fault to the first answer that shows it: a reason, a lower rung, another site's ranker, a refusal, none.
 
     None when none did. An answer shows something when it is there, not when it was asked for.
     """
@@ -112,6 +112,7 @@ def seen_after_s(samples: Iterable[Sample], fault_s: float) -> float | None:
         and (
             outcome(sample) not in ANSWERED
             or is_below_best(sample)
+            or sample.reason is not None
             or (sample.ranked_at is not None and (sample.sent_to, sample.ranked_at) not in usual)
         )
     ]

@@ -19,14 +19,16 @@ from rankbridge.drills.evidence import (
     on_time_within,
     reads_are_answered,
     recovers_within,
+    refused_at,
     refuses_nobody,
+    says,
 )
 from rankbridge.drills.fault import Fault, Load, Need, Script
 from rankbridge.drills.scene import BadBundle, Scene, StoreFault
 from rankbridge.faults import DeskError
 from rankbridge.link import Direction, Shape
 from rankbridge.roles import Role
-from workloads.contract.sites import HOME, SiteName
+from workloads.contract.sites import AWS, HOME, SiteName
 from workloads.contract.slo import Rung
 
 CI: Final = ("F1", "F2", "F8", "F10")
@@ -37,6 +39,8 @@ ROUTE_MOVES_S: Final = 15.0
 """One tunnel cut: by then BGP has moved traffic, from home's side."""
 
 _BACK_S: Final = 30.0
+_STARTS_S: Final = 4.0
+"""What a process takes to start on a busy machine."""
 _GREY_TIMES: Final = 10.0
 _WAN: Final = Load(share=0.5, aws_share=0.25)
 _HOME: Final = HOME.name.value
@@ -134,8 +138,8 @@ def _nothing(_: Scene, during_s: float) -> Iterator[float]:
 
 
 def _intake_at_random(scene: Scene, during_s: float) -> Iterator[float]:
-    """Three kills, each at a moment of chance; it is down for one second each time."""
-    each = during_s / 3
+    """Three kills at moments of chance; it is down for one second each time, and as long as it takes to start."""
+    each = during_s / 3 - _STARTS_S
     for _ in range(3):
         yield scene.waits() * max(0.0, each - 1.0)
         scene.kill(Role.INTAKE, HOME.name)
@@ -321,8 +325,8 @@ FAULTS: Final[tuple[Fault, ...]] = (
             f"bad bundle published: {title}",
             how,
             publish(what),
-            (refuses_nobody(), late_at_most(0.05), fact("the bad bundle", "never served")),
-            load=_UNLOADED,
+            (refuses_nobody(), late_at_most(0.05), refused_at(_HOME), refused_at(AWS.name.value)),
+            load=Load(share=0.3, aws_share=0.25),
             during_s=20.0,
             needs=(Need.CLOUD,),
         )
@@ -340,7 +344,7 @@ FAULTS: Final[tuple[Fault, ...]] = (
         "three SIGKILLs at moments of chance, one second down each time",
         _intake_at_random,
         (reads_are_answered(), late_at_most(0.01), recovers_within(5.0)),
-        during_s=15.0,
+        during_s=24.0,
         after_s=14.0,
     ),
     *(
@@ -387,7 +391,7 @@ FAULTS: Final[tuple[Fault, ...]] = (
         "feature store down",
         "the table of profiles is renamed under its readers: every look-up fails",
         without_profiles(),
-        (refuses_nobody(), late_at_most(0.01), recovers_within(3.0)),
+        (refuses_nobody(), late_at_most(0.01), says("profiles_down"), recovers_within(3.0)),
     ),
     Fault(
         "F18-retrieval+profiles",

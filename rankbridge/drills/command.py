@@ -13,6 +13,7 @@ import msgspec
 from rich.console import Console
 from rich.markup import escape
 
+from loadtests.samples import write_whole
 from rankbridge import cloud as clouds
 from rankbridge import jobs, report, verdict
 from rankbridge.cloud import CloudForm
@@ -20,7 +21,7 @@ from rankbridge.drills import catalogue, page, records
 from rankbridge.drills.records import Suite
 from rankbridge.drills.sites import Sites
 from rankbridge.drills.suite import DriverProcess, FaultSuite
-from rankbridge.drills.table import baseline, checks_table, faults_table
+from rankbridge.drills.table import baseline, checks_table, faults_table, markdown
 from rankbridge.layout import Layout
 
 _BASELINE: Final = "RANKBRIDGE_BASELINE"
@@ -61,6 +62,7 @@ def run(
     found = msgspec.structs.replace(found, kubernetes_s=kubernetes)
     records.write(found, out)
     made = page.write(found, out)
+    write_whole(out / "faults.md", markdown(found).encode())
     with contextlib.suppress(OSError, ValueError):  # no rehearsal has left its verdict here
         report.write(verdict.read(out / "verdict.json"), out / "report.html")
     console.print()

@@ -16,6 +16,8 @@ from rankbridge.drills.records import Check, Kept, Phase
 from workloads.contract.sites import HOME
 from workloads.contract.slo import HEDGE_SHARE_MAX, Endpoint, Rung
 
+REFUSED: Final = "refused, "
+"""How a script's note begins that says why a bundle was not brought."""
 _OVERLOADED: Final = 429
 
 
@@ -178,6 +180,22 @@ def answers_at_rung(rung: Rung, *, at: str | None = None, share: float = 1.0) ->
     return check
 
 
+def says(reason: str) -> Expectation:
+    """While the fault lasts, answers name it."""
+
+    def check(seen: Evidence) -> Check:
+        asked = windows.between(seen.reads, seen.fault_s, seen.heal_s)
+        named = sum(sample.reason == reason for sample in asked)
+        return Check(
+            what=f"answers say {reason}",
+            bound="some of those meanwhile",
+            measured=f"{named} of {len(asked)}",
+            held=named > 0,
+        )
+
+    return check
+
+
 def on_time_within(seconds: float) -> Expectation:
     """So long after the fault begins, at the latest, each second has its late share within budget again."""
 
@@ -255,5 +273,20 @@ def fact_within(name: str, seconds: float) -> Expectation:
         found = seen.facts.get(name, "not looked at")
         held = found.replace(".", "", 1).isdecimal() and float(found) <= seconds
         return Check(what=name, bound=f"<= {seconds:g} s", measured=f"{found} s" if held else found, held=held)
+
+    return check
+
+
+def refused_at(site: str) -> Expectation:
+    """A site's agent says that it does not bring the bad bundle, and why."""
+
+    def check(seen: Evidence) -> Check:
+        found = seen.facts.get(f"bad bundle at {site}", "not looked at")
+        return Check(
+            what=f"bad bundle at {site}",
+            bound="refused, with the reason",
+            measured=found,
+            held=found.startswith(REFUSED),
+        )
 
     return check

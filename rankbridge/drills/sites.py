@@ -31,6 +31,7 @@ from rankbridge.asked import training_arguments
 from rankbridge.border import Publisher, empty_sites
 from rankbridge.cloud import Cloud, CloudForm
 from rankbridge.drills import bad_bundles, forms
+from rankbridge.drills.evidence import REFUSED
 from rankbridge.drills.fault import Need
 from rankbridge.drills.forms import ENDPOINT, Form
 from rankbridge.drills.scene import BadBundle, StoreFault
@@ -288,7 +289,7 @@ class Sites:
     def publish_good(self) -> None:
         """See Scene. Notes first what the agents said of the bad one."""
         for site in SITES.values():
-            self.note(f"refused at {site.name.value}", self._said_of_bad(site))
+            self.note(f"bad bundle at {site.name.value}", self._said_of_bad(site))
         self._promote_unchecked(self._good)
 
     def restart(self, role: Role, site: SiteName) -> None:
@@ -414,7 +415,7 @@ class Sites:
             said = msgspec.json.decode(probe(agent + PATH_READY).body, type=_Refused)
             for edition, why in said.refused.items():
                 if edition.startswith(self._bad.name[:SHORT]):
-                    return why
+                    return f"{REFUSED}{why}"
             waits = "; ".join([*said.missing.values(), said.channel_fault]).strip("; ")
             return f"not refused; the agent says: {waits or 'nothing'}"
         return "the agent does not answer"

@@ -76,3 +76,26 @@ def rungs(phase: Phase | None) -> str:
         return ""
     whole = sum(phase.rungs.values())
     return ", ".join(f"{rung}: {count / whole:.0%}" for rung, count in phase.rungs.items())
+
+
+def markdown(suite: Suite) -> str:
+    """The same for a document."""
+    lines = [
+        "| fault | seen in | recovered in | p99 before, during, after (ms) | recommended at rung | ledger | |",
+        "|---|---:|---:|---:|---|---|---|",
+    ]
+    for row in suite.rows:
+        if row.left_out is not None:
+            lines.append(f"| {row.id} {row.title} | | | | | {row.left_out} | left out |")
+            continue
+        cells = [
+            f"{row.id} {row.title}",
+            seconds(row.seen_after_s, "not seen"),
+            seconds(row.recovered_after_s, "never"),
+            ", ".join(milliseconds(phase) for phase in (row.before, row.during, row.after)),
+            rungs(row.during),
+            row.ledger.said() if row.ledger is not None else "",
+            "passed" if row.passed else "FAILED",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"

@@ -21,12 +21,13 @@ from rankbridge.drills.evidence import (
     on_time_within,
     recovers_within,
     refuses_nobody,
+    says,
 )
 from rankbridge.drills.fault import Fault, Load, Need
 from rankbridge.drills.records import Capacity, Kept, Row, Suite
 from rankbridge.drills.scene import FakeScene
 from rankbridge.drills.suite import Driven, FaultSuite, kept
-from rankbridge.drills.table import checks_table, faults_table
+from rankbridge.drills.table import checks_table, faults_table, markdown
 from workloads.contract.sites import Site
 from workloads.contract.slo import Rung
 
@@ -174,6 +175,14 @@ def test_hedges_that_nobody_counts_are_not_within_their_budget(events: Path):
     assert not row(events, a_fault(hedges_at_most()), FakeDriver(well)).checks[-1].held
 
 
+def test_a_fault_that_does_not_bite_is_no_proof(events: Path):
+    fault = a_fault(says("profiles_down"))
+    assert not row(events, fault, FakeDriver(well)).checks[-1].held
+    found = row(events, fault, FakeDriver(lambda at: {"reason": "profiles_down"} if at >= 5.5 else {}))
+    assert found.checks[-1].held
+    assert found.seen_after_s is not None
+
+
 def test_what_cannot_be_had_is_a_row_that_says_so(events: Path):
     (fault,) = chosen(["F4"])
     found = row(events, fault, FakeDriver(well))
@@ -207,6 +216,7 @@ def test_a_suite_is_written_shown_and_drawn(events: Path, tmp_path: Path):
     assert text.count("<svg") == 3
     assert "left out" in text
     assert len(faults_table(found).rows) == 3
+    assert markdown(found).count("\n") == 5
     assert len(checks_table(found).rows) == 1
 
 
