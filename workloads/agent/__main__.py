@@ -42,6 +42,7 @@ from workloads.bundle.signature import SignatureFault, Trust
 from workloads.bundle.site import SiteDirectory
 from workloads.bundle.store import BundleFault
 from workloads.contract.sites import SiteClass, site_name
+from workloads.contract.storage import channel_key
 from workloads.telemetry.metrics import new_registry
 from workloads.telemetry.progress import Progress
 from workloads.telemetry.service import CannotStartError, Service, run
@@ -208,6 +209,7 @@ def _channel(options: argparse.Namespace) -> ChannelReleases:
 
     trust = options.trust or options.site_dir / "trust"
     try:
+        channel_key(options.channel)  # a name that cannot be is told now, and not at each look
         registry = Registry(S3Objects(options.models_bucket), Trust.read(trust), parallel=2)
         releases = ChannelReleases(registry, options.channel)
     except SignatureFault as error:
