@@ -81,7 +81,7 @@ not take them from answers."""
 STUDENT_FROM: Final = 0.6
 """With this share of the limit in flight a request is not ranked beyond this process: it leaves its place sooner."""
 TABLES_FROM: Final = 0.8
-"""With this share it is answered from the tables: 0.4 ms of this process (all stages are 0.9) and none of its neighbours'."""
+"""With this share it is answered from the tables: 0.4 ms of this process (all stages: 0.9), and none of a neighbour."""
 BODY_WAIT_S: Final = 5.0
 """How long a body may take to arrive after its headers."""
 DRAIN_BYTES: Final = 4 * 1024 * 1024

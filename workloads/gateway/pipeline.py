@@ -402,9 +402,11 @@ class Pipeline:
 
 def _losses(bundle: Bundle) -> dict[tuple[Protocol | None, int], float]:
     """What the bundle's maker measured that each rung loses; nothing is lost at rung 1."""
-    quality = bundle.manifest.quality
-    measured = {(row.protocol, row.rung): row.loss for row in quality.rungs}
-    return {**measured, **{(protocol, Rung.FULL_RANKER): 0.0 for protocol, _ in measured}}
+    losses: dict[tuple[Protocol | None, int], float] = {}
+    for row in bundle.manifest.quality.rungs:
+        losses[row.protocol, row.rung] = row.loss
+        losses[row.protocol, Rung.FULL_RANKER] = 0.0
+    return losses
 
 
 def _ordered(candidates: Candidates, order: npt.NDArray[np.intp]) -> Candidates:

@@ -224,7 +224,8 @@ class Ranking:
         left_out.append(choice.route)
         if choice.hedge_after_ms >= choice.budget_ms:
             return await self._timed(ticket, sparse, dense), choice.route
-        calls = {asyncio.ensure_future(self._timed(ticket, sparse, dense)): choice.route}
+        calls: dict[asyncio.Future[npt.NDArray[np.float32]], Route] = {}
+        calls[asyncio.ensure_future(self._timed(ticket, sparse, dense))] = choice.route
         try:
             await asyncio.wait(calls, timeout=choice.hedge_after_ms / 1000.0)
             if not next(iter(calls)).done():
