@@ -148,10 +148,11 @@ class Transport:
     mtu: int
     ike_lifetime: int = 28_800
     child_lifetime: int = 3_600
-    dpd_delay: int = 10
-    """AWS's own timeout cannot be set below 30 s; the private end asks three times in that time."""
-    bgp_keepalive: int = 10
-    bgp_hold: int = 30
+    dpd_delay: int = 3
+    """The private end's alone: AWS's timeout cannot be set below 30 s."""
+    bgp_keepalive: int = 3
+    bgp_hold: int = 9
+    """AWS proposes 30 s, and BGP takes the shorter of both (RFC 4271): a dead tunnel loses its routes within 15 s."""
 
     @property
     def mss(self) -> int:

@@ -33,10 +33,6 @@ from rankbridge.rig.packets import Seen
 from rankbridge.rig.wiring import Wiring, box_name, other_site, relay_device
 from workloads.contract.sites import SiteName
 
-DPD_S: Final = 3
-BGP_KEEPALIVE_S: Final = 3
-BGP_HOLD_S: Final = 9
-"""The private end's, in seconds; AWS's end keeps its own, which are longer, and BGP uses the shorter hold of both."""
 UP_WITHIN_S: Final = 30.0
 _POLL_S: Final = 0.05
 
@@ -90,9 +86,6 @@ class Planned:
         transport = dataclasses.replace(
             plan.vpn.transport,
             mtu=min(plan.network.mtu, room, LIBIPSEC_MTU),
-            dpd_delay=DPD_S,
-            bgp_keepalive=BGP_KEEPALIVE_S,
-            bgp_hold=BGP_HOLD_S,
         )
         return cls(plan.links[0], transport)
 

@@ -236,16 +236,19 @@ def test_an_mtu_hole_swallows_large_packets_and_lets_small_ones_through(rig: Rig
     assert rig.state().tunnels[0].up, "no daemon sees such a hole: its own packets are small"
 
 
-def test_a_killed_rig_ends_by_itself_and_the_next_removes_what_is_left(tmp_path: Path):
+def test_a_killed_rig_ends_by_itself_and_the_next_removes_what_is_left(rig: Rig, tmp_path: Path):
     program = (
         "import sys, time; from pathlib import Path; from rankbridge.rig import rig\n"
         "with rig.opened(Path(sys.argv[1]), wait=False) as opened:\n"
         "    print(opened.wiring.slot, flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True) as killed:
-        slot = int(killed.stdout.readline())
+        said = killed.stdout.readline() if killed.stdout else ""
         killed.kill()
-    wiring = Wiring(rigs.Planned.of().link, slot)
+    wiring = Wiring(rig.wiring.link, int(said))
+    assert wiring.slot != rig.wiring.slot, "rigs do not meet"
+    assert any((namespaces.NAMED / name).exists() for name in wiring.namespaces)
     until(lambda: not any(namespaces.pids(name) for name in wiring.namespaces), 15, lambda: "daemons live on")
-    assert set(namespaces.remove_leftovers(lambda number: Wiring(wiring.link, number))) == set(wiring.namespaces)
+    rigs.remove_leftovers()
     assert not any((namespaces.NAMED / name).exists() for name in wiring.namespaces)
+    assert rig.state().up, "a rig that is held is nobody's leftover"
