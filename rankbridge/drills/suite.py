@@ -43,6 +43,8 @@ _IDS_AT_ONCE: Final = 500
 _LATE_S: Final = 30.0
 """The driver may take this much longer than its drive."""
 _HEDGES: Final = re.compile(r"^rankbridge_\w*hedge\w*_total(?:\{[^}]*\})? ([0-9.e+]+)$", re.MULTILINE)
+_COUNTS_HEDGES: Final = re.compile(r"^# TYPE rankbridge_\w*hedge\w* counter$", re.MULTILINE)
+"""A counter with labels has no line before it counted something."""
 
 Say = Callable[[str], None]
 
@@ -183,9 +185,12 @@ class FaultSuite:
 
     def _hedges(self) -> float | None:
         """The home gateway's count of second calls; None where it counts none, or does not answer."""
-        text = probe(self._ground.gateway(HOME) + PATH_METRICS).body.decode(errors="replace")
-        found = _HEDGES.findall(text)
-        return sum(map(float, found)) if found else None
+        return hedges_in(probe(self._ground.gateway(HOME) + PATH_METRICS).body.decode(errors="replace"))
+
+
+def hedges_in(metrics: str) -> float | None:
+    """Second calls by what `/metrics` says; None where that knows no such counter."""
+    return sum(map(float, _HEDGES.findall(metrics))) if _COUNTS_HEDGES.search(metrics) else None
 
 
 def judged(fault: Fault, seen: Evidence, drive: Drive) -> Row:

@@ -26,7 +26,7 @@ from rankbridge.drills.evidence import (
 from rankbridge.drills.fault import Fault, Load, Need
 from rankbridge.drills.records import Capacity, Kept, Row, Suite
 from rankbridge.drills.scene import FakeScene
-from rankbridge.drills.suite import Driven, FaultSuite, kept
+from rankbridge.drills.suite import Driven, FaultSuite, hedges_in, kept
 from rankbridge.drills.table import checks_table, faults_table, markdown
 from workloads.contract.sites import Site
 from workloads.contract.slo import Rung
@@ -173,6 +173,14 @@ def test_an_event_that_is_stored_twice_is_seen(events: Path):
 
 def test_hedges_that_nobody_counts_are_not_within_their_budget(events: Path):
     assert not row(events, a_fault(hedges_at_most()), FakeDriver(well)).checks[-1].held
+
+
+def test_hedges_are_summed_over_sites_and_none_yet_is_not_none_counted():
+    counter = "# TYPE rankbridge_hedges_total counter\n"
+    assert hedges_in("# TYPE rankbridge_answers_total counter\n") is None
+    assert hedges_in(counter) == 0.0
+    lines = 'rankbridge_hedges_total{site="aws"} 3.0\nrankbridge_hedges_total{site="onprem"} 1.0\n'
+    assert hedges_in(counter + lines) == 4.0
 
 
 def test_a_fault_that_does_not_bite_is_no_proof(events: Path):
