@@ -57,6 +57,7 @@ _LOOK_S: Final = 0.1
 _ACTOR: Final = "drill"
 _FULL_AT: Final = 4096
 """Bytes that a file may have on a disk that is full: none of the intake's is shorter."""
+_HIDDEN: Final = "profiles_hidden"
 _SMALL: Final = ("--users", "200", "--items", "120", "--events", "6000")
 """Size of the training that home does alone."""
 
@@ -112,7 +113,6 @@ class Sites:
         self._slowed: list[_DutyCycle] = []
         self._frozen: list[tuple[Role, SiteName]] = []
         self._rekeyed: list[int] = []
-        self._hidden = False
         self._full = False
         self.notes: dict[str, str] = {}
 
@@ -135,6 +135,7 @@ class Sites:
     def _open(self) -> None:
         serving = self._serving
         self._good = serving.bundle(None)
+        self.hide_profiles(hidden=False)  # a suite that was killed may have left them so
         with serving.supervisor.lock():
             serving.make_way(Owner.REHEARSAL)
         if self._cloud_form is not None:
@@ -257,12 +258,7 @@ class Sites:
 
     def hide_profiles(self, *, hidden: bool) -> None:
         """See Scene."""
-        if hidden == self._hidden:
-            return
-        names = ("profiles", "profiles_hidden") if hidden else ("profiles_hidden", "profiles")
-        with contextlib.closing(sqlite3.connect(self._layout.profiles, timeout=10.0, isolation_level=None)) as store:
-            store.execute(f"ALTER TABLE {names[0]} RENAME TO {names[1]}")
-        self._hidden = hidden
+        rename_profiles(self._layout.profiles, hidden=hidden)
 
     def store(self, fault: StoreFault) -> None:
         """See Scene."""
@@ -504,6 +500,16 @@ class _DutyCycle:
     def _tell(self, number: signal.Signals) -> None:
         for one in self._members:
             processes.send(one, number)
+
+
+def rename_profiles(path: Path, *, hidden: bool) -> None:
+    """Take the table of profiles from under its readers, or give it back; what is so already stays so."""
+    now, then = ("profiles", _HIDDEN) if hidden else (_HIDDEN, "profiles")
+    if not path.exists():
+        return
+    with contextlib.closing(sqlite3.connect(path, timeout=10.0, isolation_level=None)) as store:
+        if store.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?", (now,)).fetchone():
+            store.execute(f"ALTER TABLE {now} RENAME TO {then}")
 
 
 def _free_port(addresses: AddressBook) -> int:
