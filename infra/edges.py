@@ -149,6 +149,7 @@ TABLE: Final[tuple[Edge, ...]] = (
     Edge(Party.GATEWAY, Party.RETRIEVAL, _at(Listener.RETRIEVAL), Reach.SITE, "candidates"),
     Edge(Party.GATEWAY, Party.TRITON, _at(Listener.TRITON_HTTP), Reach.RANKING, "ranking, and its agent"),
     Edge(Party.RETRIEVAL, Party.TRITON, _at(Listener.TRITON_HTTP), Reach.RANKING, "its agent"),
+    Edge(Party.GATEWAY, Party.GATEWAY, _at(Listener.GATEWAY), Reach.ANY, "ranking for another site"),
     Edge(Party.GATEWAY, Party.INTAKE, _at(Listener.INTAKE), Reach.HOME, "events"),
     Edge(Party.GATEWAY, Party.FEATURE_STORE, (Port(REDIS_PORT),), Reach.SITE, "profiles, home only"),
     Edge(Party.INTAKE, Party.FEATURE_STORE, (Port(REDIS_PORT),), Reach.SITE, "feedback beside the intake"),

@@ -128,6 +128,13 @@ class Serving:
             flags += ["--gateway", gateway]
         return flags
 
+    def _peer(self, site: SiteSettings) -> list[str]:
+        """The gateway that ranks what this site's Triton cannot in time: the first whose site has another Triton."""
+        for other in self.config.sites:
+            if other.ranks_at != site.ranks_at:
+                return [f"--peer={other.name}=http://{host(other.name, Role.GATEWAY)}:{PORTS[Listener.GATEWAY]}"]
+        return []
+
     def _gateway(self, site: SiteSettings, settings: RoleSettings, policy: Input[Any]) -> ServiceArgs:
         config, is_home = self.config, site.kind is SiteKind.HOME
         home = config.home.name
@@ -138,6 +145,7 @@ class Serving:
             *("--retrieval", f"http://{host(site.name, Role.RETRIEVAL)}:{PORTS[Listener.RETRIEVAL]}"),
             *("--triton", f"{host(site.ranks_at, Role.TRITON)}:{PORTS[Listener.TRITON_HTTP]}"),
             *("--intake", f"http://{host(home, Role.INTAKE)}:{PORTS[Listener.INTAKE]}"),
+            *self._peer(site),
         )
         mounts = [mount("site", SITE_DIR, read_only=True), mount("tmp", pods.SCRATCH)]
         volumes = self._bundle_volumes(settings)

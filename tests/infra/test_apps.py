@@ -211,6 +211,14 @@ def test_an_hpa_takes_the_place_of_keda(apps: Apps):
     assert gateway["metrics"][0]["external"]["metric"]["name"] == "rankbridge_in_flight"
 
 
+def test_each_gateway_is_told_of_one_whose_site_has_another_triton(apps: Apps):
+    deployments = of_kind(apps(), "Deployment")
+    for site, other in (("onprem", "aws"), ("aws", "onprem")):
+        command = deployments[f"{site}-gateway"]["spec"]["template"]["spec"]["containers"][0]["command"]
+        told = [word for word in command if word.startswith("--peer")]
+        assert told == [f"--peer={other}=http://{other}-gateway.rankbridge.svc:8080"]
+
+
 def test_an_edge_site_is_gateway_and_retrieval_and_nothing_else(recorded: Callable[..., Recording]):
     below = recorded("foundation-prod")
     values, _ = paper.sample_apps("apps-prod")
