@@ -462,6 +462,7 @@ FAULTS: Final[tuple[Fault, ...]] = (
         ),
         load=_UNLOADED,
         during_s=12.0,
+        steps_s=150.0,
         after_s=15.0,
     ),
 )

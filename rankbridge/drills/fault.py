@@ -59,6 +59,8 @@ class Fault:
     before_s: float = 5.0
     during_s: float = 8.0
     after_s: float = 8.0
+    steps_s: float = 0.0
+    """What the steps themselves take, on a busy machine; the load lasts so much longer."""
     requests: int = 0
     """So many at the least; the fault lasts longer for them."""
     needs: tuple[Need, ...] = ()
@@ -87,5 +89,6 @@ class Fault:
             middle = [Leg(seconds=seconds, rate=times * peak_per_s) for seconds, times in self.load.peaks]
             legs = [Leg(seconds=self.before_s, rate=rate), *middle, Leg(seconds=self.after_s, rate=rate)]
         else:
-            legs = [Leg(seconds=self.before_s + self.during_s + self.after_s, rate=rate)]
+            whole = self.before_s + self.during_s + self.steps_s + self.after_s
+            legs = [Leg(seconds=whole, rate=rate)]
         return Drive(aims=aims, legs=legs, seed=seed)
