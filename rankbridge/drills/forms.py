@@ -158,7 +158,7 @@ class RigForm:
     def use_key(self, tunnel: int, *, wrong: bool) -> None:
         """See Form."""
         right = next(one.psk for one in self._rig.endpoints if one.tunnel.number == tunnel)
-        self._rig.use_key(AWS.name, tunnel, f"{right}-expired" if wrong else right)
+        self._rig.use_key(AWS.name, tunnel, right[0] + right[:0:-1] if wrong else right)
 
     def moved_after_s(self, tunnel: int, *, away: bool, within_s: float) -> float | None:
         """See Form."""

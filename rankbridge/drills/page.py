@@ -60,7 +60,7 @@ def timelines(row: Row) -> Timelines | None:
 def vpn_cut(folder: Path) -> Row | None:
     """The row of both tunnels cut, of the suite whose results lie in a folder; None where there is none."""
     found = read(folder)
-    return next((row for row in found.rows if row.id == "F2" and row.left_out is None), None) if found else None
+    return next((row for row in found.rows if row.id == "F2" and row.windows), None) if found else None
 
 
 def render(suite: Suite) -> str:

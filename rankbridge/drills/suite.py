@@ -28,7 +28,7 @@ from loadtests.ledger import is_late, ledger
 from loadtests.samples import Run, Sample, write_whole
 from rankbridge.drills.evidence import Evidence, always
 from rankbridge.drills.fault import Fault, Need
-from rankbridge.drills.records import Capacity, Kept, Row, Suite
+from rankbridge.drills.records import Capacity, Check, Kept, Row, Suite
 from rankbridge.drills.scene import Scene
 from rankbridge.faults import DeskError
 from rankbridge.supervisor import probe
@@ -118,7 +118,7 @@ class FaultSuite:
         rows: list[Row] = []
         suite = Suite(form=self._form, cores=self._cores, generator=self._generator, capacity=capacity, rows=[])
         for fault in faults:
-            rows.append(self.row(fault, capacity))
+            rows.append(self._row_whatever(fault, capacity))
             self._say(said(rows[-1]))
             suite = msgspec.structs.replace(suite, rows=list(rows))
             keep(suite)
@@ -142,6 +142,14 @@ class FaultSuite:
             in_time = rate
         # A machine that is busy with others may be late at any rate; the lowest is then what there is.
         return Capacity(in_time_per_s=in_time or legs[0][0], peak_per_s=max(good for _, good, _ in legs), legs=legs)
+
+    def _row_whatever(self, fault: Fault, capacity: Capacity) -> Row:
+        """A fault that cannot be made or healed as it should has failed; the others are made nevertheless."""
+        try:
+            return self.row(fault, capacity)
+        except DeskError as error:
+            check = Check(what="made and healed", bound="as it says", measured=error.fault, held=False)
+            return Row(id=fault.id, title=fault.title, how=fault.how, checks=[check], notes=list(error.detail))
 
     def row(self, fault: Fault, capacity: Capacity) -> Row:
         """One fault, made and judged; or why not."""

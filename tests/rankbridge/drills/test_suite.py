@@ -28,6 +28,7 @@ from rankbridge.drills.records import Capacity, Kept, Row, Suite
 from rankbridge.drills.scene import FakeScene
 from rankbridge.drills.suite import Driven, FaultSuite, hedges_in, kept
 from rankbridge.drills.table import checks_table, faults_table, markdown
+from rankbridge.faults import DeskError
 from workloads.contract.sites import Site
 from workloads.contract.slo import Rung
 
@@ -196,6 +197,18 @@ def test_what_cannot_be_had_is_a_row_that_says_so(events: Path):
     found = row(events, fault, FakeDriver(well))
     assert found.passed is None
     assert "tunnels" in (found.left_out or "")
+
+
+def test_a_fault_that_cannot_be_healed_has_failed_and_the_others_are_made(events: Path):
+    class Stubborn(FakeGround):
+        def bring_back(self) -> None:
+            raise DeskError("tritonserver does not come up", "see its log")
+
+    suite = FaultSuite(Stubborn(events), FakeDriver(well), say=lambda _: None)
+    found = suite.run([a_fault(late_at_most(0.001)), *chosen(["F2"])], lambda _: None)
+    assert [one.passed for one in found.rows] == [False, True]
+    assert "does not come up" in found.rows[0].checks[0].measured
+    assert "does not come up" in page.render(found)
 
 
 def test_capacity_is_the_highest_rate_that_is_still_in_time(events: Path):
