@@ -83,3 +83,7 @@ def test_the_planted_taste_of_a_simulated_shop_is_found(tmp_path: Path):
     assert recall["two_tower", "search"] > 2 * recall["popularity", "search"]
     assert report.ranker.auc > 0.6
     assert 0.5 < report.ranker.calibration < 2.0
+    first, taught = (next(row for row in report.rungs if row.rung == rung) for rung in (1, 2))
+    assert first.auc is not None
+    assert taught.auc is not None
+    assert taught.auc > first.auc - 0.02, "the student finds what its teacher found"
