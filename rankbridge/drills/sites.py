@@ -136,6 +136,7 @@ class Sites:
         serving = self._serving
         self._good = serving.bundle(None)
         self.hide_profiles(hidden=False)  # a suite that was killed may have left them so
+        shutil.rmtree(self._scratch)  # bundles of an earlier suite: each is as large as a good one
         with serving.supervisor.lock():
             serving.make_way(Owner.REHEARSAL)
         if self._cloud_form is not None:
