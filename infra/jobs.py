@@ -355,7 +355,12 @@ class Jobs(pulumi.ComponentResource):
         site, workers = self._there, self._config.jobs.load_workers
         k8s.core.v1.Service(
             "load",
-            metadata=self._meta("load", pods.labels(Party.LOAD_MASTER.value, site.name)),
+            metadata=self._meta(
+                "load",
+                pods.labels(Party.LOAD_MASTER.value, site.name),
+                # Nobody stands behind it until somebody starts the jobs: an update must not wait for them.
+                **{"pulumi.com/skipAwait": "true"},
+            ),
             spec=k8s.core.v1.ServiceSpecArgs(
                 type="ClusterIP",
                 selector=pods.selector(Party.LOAD_MASTER.value, site.name),
