@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 
+from infra.emulator import Emulator
 from rankbridge import cloud
 from rankbridge.cloud import Cloud, CloudForm
 from rankbridge.layout import Layout
+from workloads.objects.s3 import S3Objects
+
+DECLARED = cloud._Declared(
+    data_key="alias/desk-data", models_key="alias/desk-models", parameter="/rankbridge/desk/buckets", lock_days=1
+)
 
 
 class FakeLocalStack:
@@ -37,9 +44,8 @@ class FakeLocalStack:
 def localstack(monkeypatch: pytest.MonkeyPatch) -> FakeLocalStack:
     fake = FakeLocalStack()
     made = Cloud("data", "models", {"AWS_DEFAULT_REGION": "eu-central-1"})
-    monkeypatch.setattr(cloud, "_local_cloud", lambda _: (made, fake, 1))
-    monkeypatch.setattr(cloud, "s3", lambda _: None)
-    monkeypatch.setattr(cloud, "_make_bucket", lambda *_, **__: None)
+    monkeypatch.setattr(cloud, "_local_cloud", lambda _: (made, fake, DECLARED))
+    monkeypatch.setattr(cloud, "_declare", lambda *_: None)
     return fake
 
 
@@ -88,3 +94,36 @@ def test_what_is_to_stay_stays_also_with_the_next_rehearsal(localstack: FakeLoca
     assert localstack.running == 101
     _rehearse(layout)
     assert localstack.running == 101
+
+
+@pytest.mark.real_parts
+def test_its_buckets_are_those_that_the_foundation_declares(
+    emulator: Emulator, layout: Layout, monkeypatch: pytest.MonkeyPatch
+):
+    fake = FakeLocalStack()
+    settings = {
+        "AWS_ENDPOINT_URL": emulator.endpoint,
+        "AWS_DEFAULT_REGION": "eu-central-1",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }
+    made = Cloud("desk-data", "desk-models", settings)
+    monkeypatch.setattr(cloud, "_local_cloud", lambda _: (made, fake, DECLARED))
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    for _ in range(2):  # a LocalStack that stayed has them already
+        with cloud.opened(CloudForm.LOCALSTACK, layout) as opened:
+            client = cloud.s3(opened)
+            held = {}
+            for entry in ("data", "models"):
+                bucket = S3Objects(f"ssm:{DECLARED.parameter}#{entry}")
+                bucket.put_new("k", b"anything")
+                held[bucket.bucket] = client.head_object(Bucket=bucket.bucket, Key="k")
+    assert held.keys() == {"desk-data", "desk-models"}
+    assert {one["ServerSideEncryption"] for one in held.values()} == {"aws:kms"}
+    keys = {one["SSEKMSKeyId"] for one in held.values()}
+    assert len(keys) == 2  # each class of data has its own
+    assert held["desk-models"]["ObjectLockMode"] == "GOVERNANCE"
+    assert "ObjectLockMode" not in held["desk-data"]
