@@ -164,6 +164,13 @@ def test_every_acknowledged_event_is_there_exactly_once_after_each_kill(store: p
         assert reader.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     reader.close()
     assert intake.end(signal.SIGTERM) == 0
+    figures = {
+        "kills": KILLS,
+        "acknowledged": len(acknowledged),
+        "lost": len(set(acknowledged) - set(stored)),
+        "doubled": len(stored) - len(set(stored)),
+    }
+    print(json.dumps(figures))  # noqa: T201 - shown with -s: what the run measured
     assert len(acknowledged) > 4 * KILLS
     assert len(stored) == len(set(stored))
     assert set(acknowledged) <= set(stored)
