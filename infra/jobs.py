@@ -152,7 +152,7 @@ class Jobs(pulumi.ComponentResource):
                 k8s.core.v1.EnvVarArgs(name="JOB_NAME", value_from=job),
                 *(access.env() if access else ()),
             ],
-            mounts=[mount("tmp", pods.SCRATCH), *mounts, *(access.mounts() if access else ())],
+            mounts=[mount("tmp", pods.SCRATCH), *mounts],
             extended={self._config.gpu.resource: "1"} if gpu else None,
             ports=ports,
         )

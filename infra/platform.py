@@ -14,7 +14,7 @@ from typing import Any, Final
 import pulumi
 import pulumi_kubernetes as k8s
 import yaml
-from pulumi import Input, Output, ResourceOptions
+from pulumi import Output, ResourceOptions
 
 from infra import edges, pods
 from infra.apps_config import AppsConfig, Image, Resources, Role, RoleSettings, Sharing, mebibytes, millicores
@@ -269,7 +269,7 @@ class Platform(pulumi.ComponentResource):
             ports={"http": _HEALTH_PORT},
             probes=pods.Probes("http", live=health, ready=health if role is AwsRole.AUTOSCALER else "/readyz"),
             env=[*pods.SERVING_ENV, *cloud.env()],
-            mounts=[mount("tmp", pods.SCRATCH), *cloud.mounts()],
+            mounts=[mount("tmp", pods.SCRATCH)],
         )
         main.command = command
         excused = {
@@ -491,21 +491,12 @@ def jobs_quota(config: AppsConfig) -> dict[str, str]:
     }
 
 
-def access_config(role: AwsRole, foundation: FoundationOutputs) -> str:
-    """The AWS configuration file of a role's pods. Raises ValueError where the foundation trusts no certificate."""
+def identity_command(role: AwsRole, foundation: FoundationOutputs) -> list[str]:
+    """What makes a role's pods that role. Raises ValueError where the foundation trusts no certificate."""
     anchor, profile = foundation.trust_anchor_arn, foundation.roles_anywhere_profile_arn
     if anchor is None or profile is None:
         raise ValueError(
             "the foundation trusts no certificates, so that pods have no way to a role: give it identity.trust_anchor"
         )
-    return pods.aws_config(trust_anchor=anchor, profile=profile, role=foundation.roles[role.value])
-
-
-def config_map_of(access: Access, namespace: str, text: Input[str], opts: ResourceOptions) -> k8s.core.v1.ConfigMap:
-    """The AWS configuration file of a role, in one namespace."""
-    return k8s.core.v1.ConfigMap(
-        f"{namespace}-{access.config_map}",
-        metadata=k8s.meta.v1.ObjectMetaArgs(name=access.config_map, namespace=namespace, labels=pods.MANAGED),
-        data={"config": text},
-        opts=opts,
-    )
+    region = anchor.split(":")[3]  # of the anchor itself: a pod of another region asks there, too
+    return pods.identity_command(trust_anchor=anchor, profile=profile, role=foundation.roles[role.value], region=region)

@@ -319,20 +319,33 @@ def test_operators_look_after_the_foundations_groups_and_queues(apps: Apps):
     assert {p.rpartition(":")[2] for p in command("aws-cluster-autoscaler") if p.startswith("--nodes=")} == groups
 
 
-def test_every_pod_with_aws_has_its_roles_configuration(apps: Apps):
-    maps = {
-        (m["metadata"]["namespace"], m["metadata"]["name"]): m for m in manifests(apps()) if m["kind"] == "ConfigMap"
-    }
-    seen = 0
-    for manifest in manifests(apps()):
-        for name, template in templates_of(manifest):
-            for volume in template["spec"].get("volumes", []):
-                config = volume.get("configMap", {}).get("name", "")
-                if config.startswith("aws-"):
-                    seen += 1
-                    text = maps[manifest["metadata"]["namespace"], config]["data"]["config"]
-                    assert f"rankbridge-prod-{config.removeprefix('aws-')}" in text, name
-    assert seen > 10
+def test_every_pod_that_speaks_to_aws_is_its_role_by_the_certificate_of_just_that_role(apps: Apps):
+    seen = set()
+    for name, template in templates(apps()):
+        spec = template["spec"]
+        before, all_of_them = spec.get("initContainers", []), [*spec.get("initContainers", []), *spec["containers"]]
+        asks = [c["name"] for c in all_of_them if "AWS_REGION" in {e["name"] for e in c.get("env", [])}]
+        sidecars = [c for c in before if c["name"] == "identity"]
+        assert len(sidecars) == bool(asks), name
+        holders = [c["name"] for c in all_of_them if "identity" in {m["name"] for m in c.get("volumeMounts", [])}]
+        assert holders == ["identity"] * len(sidecars), f"{name}: nobody else sees the key"
+        for sidecar in sidecars:
+            (volume,) = (v for v in spec["volumes"] if v["name"] == "identity")
+            (source,) = volume["projected"]["sources"]
+            role = source["secret"]["name"].removeprefix("identity-")
+            seen.add(role)
+            assert flag(sidecar["command"], "--role-arn").endswith(f"rankbridge-prod-{role}"), name
+            assert flag(sidecar["command"], "--region") == "eu-central-1"
+            assert sidecar["restartPolicy"] == "Always"
+            started = [c["name"] for c in before]
+            assert all(started.index("identity") < started.index(c) for c in asks if c in started), name
+    assert seen == {"agent", "trainer", "publisher", "autoscaler", "node-hygiene", "spot-handler"}
+
+
+def test_on_an_emulator_there_is_no_certificate_to_ask_for(apps: Apps):
+    said = json.dumps(manifests(apps("apps-local")))
+    assert "identity-" not in said
+    assert "AWS_ENDPOINT_URL" in said
 
 
 def test_without_trusted_certificates_there_is_no_way_to_a_role():
@@ -340,7 +353,7 @@ def test_without_trusted_certificates_there_is_no_way_to_a_role():
         trust_anchor_arn = roles_anywhere_profile_arn = None
 
     with pytest.raises(ValueError, match=r"identity\.trust_anchor"):
-        platform.access_config(AwsRole.AGENT, Nobody())  # type: ignore[arg-type] -- nothing else of it is asked
+        platform.identity_command(AwsRole.AGENT, Nobody())  # type: ignore[arg-type] -- nothing else of it is asked
 
 
 # Definitions of others
