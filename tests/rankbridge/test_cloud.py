@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -60,6 +61,14 @@ def _rehearse(layout: Layout, *, keep: bool = False, killed: bool = False) -> No
 
 _KILLED: list[Any] = []
 """Rehearsals that never came to their end; kept, or they would be ended by the collector."""
+
+
+@pytest.fixture(autouse=True)
+def buried() -> Iterator[None]:
+    """After the test nobody looks any more, and the interpreter's end would be too late: it has no signal handlers."""
+    yield
+    while _KILLED:
+        _KILLED.pop().__exit__(None, None, None)
 
 
 def test_what_a_rehearsal_started_ends_with_it(localstack: FakeLocalStack, layout: Layout):
