@@ -20,7 +20,7 @@ from pulumi.runtime import config as runtime_config
 
 from infra import apps_config, edges, outputs, platform, pods, serving
 from infra.apps_config import AppsConfig, Cluster, Crds, Role, SiteSettings
-from infra.edges import JOBS, PLATFORM, SERVING, Party, Place, World
+from infra.edges import SERVING, Party, Place, World
 from infra.iam import DataClass
 from infra.iam import Role as AwsRole
 from infra.jobs import Jobs, JobsArgs
@@ -33,15 +33,6 @@ from infra.serving import Serving
 from workloads.contract.sites import SiteKind
 
 ROOT: Final = Path(__file__).resolve().parents[1]
-OPERATED: Final = {
-    AwsRole.AUTOSCALER: PLATFORM,
-    AwsRole.HYGIENE: PLATFORM,
-    AwsRole.SPOT: PLATFORM,
-    AwsRole.AGENT: SERVING,
-    AwsRole.TRAINER: JOBS,
-    AwsRole.PUBLISHER: JOBS,
-}
-"""Roles of AWS that pods take, and the namespace they take them in."""
 
 
 def declare() -> None:
@@ -101,6 +92,7 @@ class Apps:
             role.value,
             self._of(lambda f: _cloud(f).region),
             self._of(lambda f: _cloud(f).s3_endpoint_url or ""),
+            [] if self.settings.aws_endpoint else self._of(lambda f: platform.identity_command(role, f)),
             self.settings.aws_endpoint,
             self.settings.images,
         )
@@ -125,7 +117,7 @@ class Apps:
         ]
 
     def _shared(self, store_password: Output[str], opts: ResourceOptions) -> None:
-        """What several services use: signers' keys, the store's password, home's vault, ways to AWS."""
+        """What several services use: signers' keys, the store's password, home's vault."""
         settings = self.settings
 
         def meta(name: str) -> k8s.meta.v1.ObjectMetaArgs:
@@ -158,10 +150,6 @@ class Apps:
             # Who is behind a pseudonym is nowhere else.
             opts=ResourceOptions(provider=opts.provider, depends_on=opts.depends_on, protect=_protects(settings)),
         )
-        if not settings.aws_endpoint:
-            for role, namespace in OPERATED.items():
-                text = self._of(_config_of(role))
-                platform.config_map_of(self._access(role), namespace, text, opts)
 
     def _ingress(self, site: SiteSettings, opts: ResourceOptions) -> None:
         settings, name = self.settings, serving.name(site.name, Role.GATEWAY)
@@ -210,10 +198,6 @@ def _protects(settings: AppsConfig) -> bool:
 
 def _bucket_of(data: DataClass) -> Any:  # noqa: ANN401 -- a function for `Output.apply`
     return lambda foundation: foundation.buckets[data.value]
-
-
-def _config_of(role: AwsRole) -> Any:  # noqa: ANN401 -- as above
-    return lambda foundation: platform.access_config(role, foundation)
 
 
 def _cloud(foundation: FoundationOutputs) -> outputs.SiteOutputs:

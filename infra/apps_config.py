@@ -57,6 +57,7 @@ class Image(enum.StrEnum):
     TENSORRT = "tensorrt"
     DEVICE_PLUGIN = "device-plugin"
     AUTOSCALER = "cluster-autoscaler"
+    CREDENTIAL_HELPER = "credential-helper"
 
 
 class Cluster(enum.StrEnum):

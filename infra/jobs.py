@@ -152,7 +152,7 @@ class Jobs(pulumi.ComponentResource):
                 k8s.core.v1.EnvVarArgs(name="JOB_NAME", value_from=job),
                 *(access.env() if access else ()),
             ],
-            mounts=[mount("tmp", pods.SCRATCH), *mounts, *(access.mounts() if access else ())],
+            mounts=[mount("tmp", pods.SCRATCH), *mounts],
             extended={self._config.gpu.resource: "1"} if gpu else None,
             ports=ports,
         )
@@ -355,7 +355,12 @@ class Jobs(pulumi.ComponentResource):
         site, workers = self._there, self._config.jobs.load_workers
         k8s.core.v1.Service(
             "load",
-            metadata=self._meta("load", pods.labels(Party.LOAD_MASTER.value, site.name)),
+            metadata=self._meta(
+                "load",
+                pods.labels(Party.LOAD_MASTER.value, site.name),
+                # Nobody stands behind it until somebody starts the jobs: an update must not wait for them.
+                **{"pulumi.com/skipAwait": "true"},
+            ),
             spec=k8s.core.v1.ServiceSpecArgs(
                 type="ClusterIP",
                 selector=pods.selector(Party.LOAD_MASTER.value, site.name),

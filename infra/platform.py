@@ -1,7 +1,7 @@
 """What the sites' services stand on: namespaces and their guards, GPUs, and those who look after nodes.
 
 `Platform` comes first in a stack. The three operators (cluster-autoscaler, node hygiene, spot handler) run at home,
-next to the control plane, with just the rights that they use.
+next to the control plane, one of each for every cloud site, with just the rights that they use.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Final
 import pulumi
 import pulumi_kubernetes as k8s
 import yaml
-from pulumi import Input, Output, ResourceOptions
+from pulumi import Output, ResourceOptions
 
 from infra import edges, pods
 from infra.apps_config import AppsConfig, Image, Resources, Role, RoleSettings, Sharing, mebibytes, millicores
@@ -81,7 +81,7 @@ class Platform(pulumi.ComponentResource):
         if any(site.has_gpus for site in config.sites):
             self._gpus()
             clouds = [s.name for s in config.sites if s.has_gpus and s.kind is SiteKind.CLOUD]
-            self._autoscaler()
+            self._autoscalers(clouds)
             self._watcher(Party.HYGIENE, AwsRole.HYGIENE, Operator.HYGIENE, clouds)
             self._watcher(Party.SPOT, AwsRole.SPOT, Operator.SPOT, clouds)
         self.register_outputs({})
@@ -208,12 +208,14 @@ class Platform(pulumi.ComponentResource):
 
     # Operators
 
-    def _autoscaler(self) -> None:
+    def _autoscalers(self, sites: Sequence[str]) -> None:
+        """One for each cloud site: a process asks one region. Pods fit the groups of their own site only."""
         party = Party.AUTOSCALER
         account = self._account(party)
-        self._declare_all(_autoscaler_access(), account)
-        flags = self._args.foundation.apply(autoscaler_command)
-        self._operator(party, AwsRole.AUTOSCALER, Image.AUTOSCALER, "", flags, "/health-check", account)
+        self._declare_all(_autoscaler_access(sites), account)
+        for site in sites:
+            flags = self._args.foundation.apply(_autoscaler_of(site))
+            self._operator(party, AwsRole.AUTOSCALER, Image.AUTOSCALER, site, flags, "/health-check", account)
 
     def _watcher(self, party: Party, role: AwsRole, operator: Operator, sites: Sequence[str]) -> None:
         """Node hygiene or the spot handler: one process for each cloud site, the same rights for all."""
@@ -255,10 +257,10 @@ class Platform(pulumi.ComponentResource):
         account: pulumi.Resource,
     ) -> None:
         config, home = self._args.config, self._args.config.home
-        name = f"{site}-{party.value}" if site else party.value
-        watches = {WATCHES_LABEL: site} if site else {}
+        name, watches = f"{site}-{party.value}", {WATCHES_LABEL: site}
         labels, selector = pods.labels(party.value, home.name), pods.selector(party.value, home.name)
-        cloud = self._args.access(role)
+        region = self._args.foundation.apply(lambda foundation: foundation.site(site).region)
+        cloud = dataclasses.replace(self._args.access(role), region=region)
         main = pods.container(
             party.value,
             config.images[image],
@@ -267,7 +269,7 @@ class Platform(pulumi.ComponentResource):
             ports={"http": _HEALTH_PORT},
             probes=pods.Probes("http", live=health, ready=health if role is AwsRole.AUTOSCALER else "/readyz"),
             env=[*pods.SERVING_ENV, *cloud.env()],
-            mounts=[mount("tmp", pods.SCRATCH), *cloud.mounts()],
+            mounts=[mount("tmp", pods.SCRATCH)],
         )
         main.command = command
         excused = {
@@ -334,6 +336,10 @@ def _snake(name: str) -> str:
     return re.sub(r"[A-Z]", lambda m: "_" + m[0].lower(), name)
 
 
+def _autoscaler_of(site: str) -> Callable[[FoundationOutputs], list[str]]:
+    return lambda foundation: autoscaler_command(site, foundation)
+
+
 def _command_of(operator: Operator, site: str) -> Callable[[FoundationOutputs], list[str]]:
     return lambda foundation: watcher_command(operator, site, foundation)
 
@@ -342,13 +348,13 @@ _HEALTH_PORT: Final = 8085
 _SEE: Final = "get,list,watch"
 
 
-def _autoscaler_access() -> list[dict[str, Any]]:
+def _autoscaler_access(sites: Sequence[str]) -> list[dict[str, Any]]:
     """As its own documentation has it (cluster-autoscaler, cloudprovider/aws/examples), less what is not used here."""
     name, group = "rankbridge-cluster-autoscaler", "rbac.authorization.k8s.io"
 
-    def rule(group: str, resources: str, verbs: str, names: str = "") -> dict[str, Any]:
+    def rule(group: str, resources: str, verbs: str, names: Sequence[str] = ()) -> dict[str, Any]:
         made: dict[str, Any] = {"apiGroups": [group], "resources": resources.split(","), "verbs": verbs.split(",")}
-        return made | ({"resourceNames": [names]} if names else {})
+        return made | ({"resourceNames": list(names)} if names else {})
 
     cluster = [
         rule("", "events", "create,patch"),
@@ -364,9 +370,9 @@ def _autoscaler_access() -> list[dict[str, Any]]:
     ]
     own = [
         rule("coordination.k8s.io", "leases", "create"),
-        rule("coordination.k8s.io", "leases", "get,update", "cluster-autoscaler"),
+        rule("coordination.k8s.io", "leases", "get,update", [autoscaler_lease(s) for s in sites]),
         rule("", "configmaps", "create,list,watch"),
-        rule("", "configmaps", "get,update,delete,watch", "cluster-autoscaler-status"),
+        rule("", "configmaps", "get,update,delete,watch", [autoscaler_status(s) for s in sites]),
     ]
     subject = {"kind": "ServiceAccount", "name": Party.AUTOSCALER.value, "namespace": PLATFORM}
     found: list[dict[str, Any]] = []
@@ -378,13 +384,25 @@ def _autoscaler_access() -> list[dict[str, Any]]:
     return found
 
 
-def autoscaler_command(foundation: FoundationOutputs) -> list[str]:
-    """What cluster-autoscaler runs: which groups there are is the foundation's knowledge."""
-    groups = [g for site in foundation.sites for g in site.node_groups]
+def autoscaler_lease(site: str) -> str:
+    """Name of the lease that a site's cluster-autoscaler holds."""
+    return f"cluster-autoscaler-{site}"
+
+
+def autoscaler_status(site: str) -> str:
+    """Name of the ConfigMap in which a site's cluster-autoscaler says how it is."""
+    return f"cluster-autoscaler-status-{site}"
+
+
+def autoscaler_command(site: str, foundation: FoundationOutputs) -> list[str]:
+    """What the cluster-autoscaler of a site runs: which groups there are is the foundation's knowledge."""
+    groups = foundation.site(site).node_groups
     return [
         "./cluster-autoscaler",
         "--cloud-provider=aws",
         f"--namespace={PLATFORM}",
+        f"--leader-elect-resource-name={autoscaler_lease(site)}",
+        f"--status-config-map-name={autoscaler_status(site)}",
         *(f"--nodes={g.minimum}:{g.maximum}:{g.auto_scaling_group}" for g in groups),
         "--expander=least-waste",
         # Every pod of ours has an emptyDir, none keeps anything in it.
@@ -473,21 +491,12 @@ def jobs_quota(config: AppsConfig) -> dict[str, str]:
     }
 
 
-def access_config(role: AwsRole, foundation: FoundationOutputs) -> str:
-    """The AWS configuration file of a role's pods. Raises ValueError where the foundation trusts no certificate."""
+def identity_command(role: AwsRole, foundation: FoundationOutputs) -> list[str]:
+    """What makes a role's pods that role. Raises ValueError where the foundation trusts no certificate."""
     anchor, profile = foundation.trust_anchor_arn, foundation.roles_anywhere_profile_arn
     if anchor is None or profile is None:
         raise ValueError(
             "the foundation trusts no certificates, so that pods have no way to a role: give it identity.trust_anchor"
         )
-    return pods.aws_config(trust_anchor=anchor, profile=profile, role=foundation.roles[role.value])
-
-
-def config_map_of(access: Access, namespace: str, text: Input[str], opts: ResourceOptions) -> k8s.core.v1.ConfigMap:
-    """The AWS configuration file of a role, in one namespace."""
-    return k8s.core.v1.ConfigMap(
-        f"{namespace}-{access.config_map}",
-        metadata=k8s.meta.v1.ObjectMetaArgs(name=access.config_map, namespace=namespace, labels=pods.MANAGED),
-        data={"config": text},
-        opts=opts,
-    )
+    region = anchor.split(":")[3]  # of the anchor itself: a pod of another region asks there, too
+    return pods.identity_command(trust_anchor=anchor, profile=profile, role=foundation.roles[role.value], region=region)

@@ -18,8 +18,8 @@ from workloads.contract.http import PATH_HEALTH, PATH_READY
 
 USER: Final = 65_532
 IDENTITY: Final = "/var/run/rankbridge/identity"
-HELPER: Final = "/opt/identity"
-AWS_CONFIG: Final = "/etc/rankbridge/aws"
+IDENTITY_PORT: Final = 9911
+"""On loopback: what AWS's helper takes by itself."""
 SCRATCH: Final = "/tmp"  # noqa: S108 -- a volume of the pod's own
 MANAGED: Final = {"app.kubernetes.io/part-of": "rankbridge", "app.kubernetes.io/managed-by": "pulumi"}
 IGNORED_CHECKS: Final = "kube-score/ignore"
@@ -197,22 +197,21 @@ SERVING_ENV: Final = (
 
 @dataclasses.dataclass(frozen=True)
 class Access:
-    """How a pod becomes a role of AWS: a certificate of home's CA, exchanged by AWS's own helper.
+    """How a pod becomes a role of AWS: a certificate of home's CA, exchanged by AWS's own helper in a sidecar.
 
-    The secret `identity-<role>` (type kubernetes.io/tls, common name = the role's) is made by whoever runs the CA; a
-    node's own role is out of reach (IMDSv2, one hop), and k3s has no IRSA. On an emulator there is neither.
+    The helper answers in the pod as an instance's metadata service would (with tokens, as IMDSv2), renews sessions, and
+    reads a renewed certificate. The secret `identity-<role>` (type kubernetes.io/tls, common name = the role's) is made
+    by whoever runs the CA; a node's own role is out of reach (IMDSv2, one hop), and k3s has no IRSA. On an emulator
+    there is neither.
     """
 
     role: str
     region: Input[str]
     s3_endpoint: Input[str]
+    helper: Input[Sequence[str]]
+    """What the sidecar runs."""
     emulator: str
     images: Mapping[Image, str]
-
-    @property
-    def config_map(self) -> str:
-        """Name of the AWS configuration file's ConfigMap in the pod's namespace."""
-        return f"aws-{self.role}"
 
     def env(self) -> list[k8s.core.v1.EnvVarArgs]:
         """AWS's standard configuration; nothing of ours names an endpoint."""
@@ -226,20 +225,9 @@ class Access:
             ]
         return [
             *found,
-            variable("AWS_CONFIG_FILE", f"{AWS_CONFIG}/config"),
-            variable("AWS_SDK_LOAD_CONFIG", "1"),
+            variable("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://127.0.0.1:{IDENTITY_PORT}"),
             # A NetworkPolicy can name the interface endpoint's range, not S3's.
             variable("AWS_ENDPOINT_URL_S3", self.s3_endpoint),
-        ]
-
-    def mounts(self) -> list[k8s.core.v1.VolumeMountArgs]:
-        """What `env` speaks of."""
-        if self.emulator:
-            return []
-        return [
-            mount("aws-config", AWS_CONFIG, read_only=True),
-            mount("identity", IDENTITY, read_only=True),
-            mount("identity-helper", HELPER, read_only=True),
         ]
 
     def volumes(self) -> list[k8s.core.v1.VolumeArgs]:
@@ -251,38 +239,51 @@ class Access:
             items=[k8s.core.v1.KeyToPathArgs(key=k, path=k) for k in ("tls.crt", "tls.key")],
         )
         return [
-            config_volume("aws-config", self.config_map),
             k8s.core.v1.VolumeArgs(
                 name="identity",
                 projected=k8s.core.v1.ProjectedVolumeSourceArgs(
                     default_mode=0o440, sources=[k8s.core.v1.VolumeProjectionArgs(secret=source)]
                 ),
             ),
-            scratch("identity-helper", "64Mi"),
         ]
 
     def init(self) -> list[k8s.core.v1.ContainerArgs]:
-        """Brings AWS's helper into the pod, whatever the pod's own image has."""
+        """The sidecar; nobody but it sees certificate and key."""
         if self.emulator:
             return []
-        return [
-            container(
-                "identity-helper",
-                self.images[Image.OPERATORS],
-                ["cp", "/usr/local/bin/aws_signing_helper", f"{HELPER}/aws_signing_helper"],
-                Resources("10m", "32Mi", "100m", "64Mi"),
-                mounts=[mount("identity-helper", HELPER)],
-            )
-        ]
+        sidecar = container(
+            "identity",
+            self.images[Image.CREDENTIAL_HELPER],
+            [],
+            Resources("10m", "64Mi", "100m", "64Mi"),
+            mounts=[mount("identity", IDENTITY, read_only=True)],
+            always=True,
+        )
+        sidecar.command = self.helper
+        # It listens to its pod only, where no probe comes from, and ends when it cannot serve. What comes after it
+        # waits for the first of these, and so for its first session.
+        check = k8s.core.v1.ExecActionArgs(
+            command=["aws_signing_helper", "read-certificate-data", "--certificate", f"{IDENTITY}/tls.crt"]
+        )
+        sidecar.startup_probe = k8s.core.v1.ProbeArgs(
+            exec_=check, initial_delay_seconds=5, period_seconds=5, timeout_seconds=5, failure_threshold=12
+        )
+        sidecar.liveness_probe = k8s.core.v1.ProbeArgs(
+            exec_=check, period_seconds=60, timeout_seconds=5, failure_threshold=3
+        )
+        return [sidecar]
 
 
-def aws_config(*, trust_anchor: str, profile: str, role: str) -> str:
-    """The AWS configuration file of a role's pods."""
-    helper = (
-        f"{HELPER}/aws_signing_helper credential-process --certificate {IDENTITY}/tls.crt "
-        f"--private-key {IDENTITY}/tls.key --trust-anchor-arn {trust_anchor} --profile-arn {profile} --role-arn {role}"
-    )
-    return f"[default]\ncredential_process = {helper}\n"
+def identity_command(*, trust_anchor: str, profile: str, role: str, region: str) -> list[str]:
+    """What the sidecar of a role's pods runs.
+
+    Source: AWS, IAM Roles Anywhere user guide, "Get temporary security credentials" (`serve`).
+    """
+    return [
+        *("aws_signing_helper", "serve", "--port", str(IDENTITY_PORT)),
+        *("--certificate", f"{IDENTITY}/tls.crt", "--private-key", f"{IDENTITY}/tls.key"),
+        *("--trust-anchor-arn", trust_anchor, "--profile-arn", profile, "--role-arn", role, "--region", region),
+    ]
 
 
 def tolerations(site: SiteSettings, *, waits_s: int) -> list[k8s.core.v1.TolerationArgs]:

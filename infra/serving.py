@@ -105,7 +105,6 @@ class Serving:
                 mount("site", SITE_DIR),
                 mount("tmp", pods.SCRATCH),
                 mount("trust", TRUST_DIR, read_only=True),
-                *self.access.mounts(),
             ],
             always=True,
         )

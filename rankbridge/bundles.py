@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from workloads.bundle.signature import Key, Trust
 
 PASSWORD: Final = "RANKBRIDGE_SIGNING_PASSWORD"  # noqa: S105 - a variable's name
-"""Environment variable with the password of the publisher's key, where that has one."""
+"""Environment variable with the password of the publisher's key, or `secretsmanager:NAME` where AWS keeps it."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -52,7 +52,12 @@ _out = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
 
 BucketOption = Annotated[
     str | None,
-    typer.Option("--models-bucket", metavar="NAME", envvar=MODELS_BUCKET, help="Bucket of published models."),
+    typer.Option(
+        "--models-bucket",
+        metavar="NAME",
+        envvar=MODELS_BUCKET,
+        help="Bucket of published models, or ssm:PARAMETER#ENTRY.",
+    ),
 ]
 TrustOption = Annotated[
     Path | None, typer.Option("--trust", metavar="DIR", help="Public keys that count; default: home's.")
@@ -99,7 +104,9 @@ def key(
 ) -> None:
     """Make the key that bundles are signed with, and let both sites trust it. One that is there is kept.
 
-    Encrypted when RANKBRIDGE_SIGNING_PASSWORD is set. Example: `rankbridge bundle key`
+    Encrypted when RANKBRIDGE_SIGNING_PASSWORD is set, to a password or to secretsmanager:NAME.
+
+    Example: `rankbridge bundle key`
     """
     layout = _layout()
     with told():
@@ -397,10 +404,13 @@ def audit_verify(
 
 
 def trusted_key(layout: Layout, path: Path | None = None) -> Key:
-    """The publisher's key, made where there is none, and trusted by both sites. Raises SignatureFault, OSError."""
+    """The publisher's key, made where there is none, and trusted by both sites.
+
+    Raises SignatureFault, OSError, and ObjectsError for a password that AWS does not give.
+    """
     from workloads.bundle.signature import make_key  # noqa: PLC0415 - as in `verify`
 
-    made = make_key(path or layout.publisher_key, password=os.environ.get(PASSWORD))
+    made = make_key(path or layout.publisher_key, password=_password())
     for site in SITES:
         folder = layout.trust(site)
         folder.mkdir(parents=True, exist_ok=True)
@@ -417,7 +427,17 @@ def sign(layout: Layout, bundle: Path, key: Path | None = None) -> Path:
     from workloads.bundle.signature import sign  # noqa: PLC0415 - as in `verify`
 
     with told():
-        return sign(bundle, key or layout.publisher_key, password=os.environ.get(PASSWORD))
+        return sign(bundle, key or layout.publisher_key, password=_password())
+
+
+def _password() -> str | None:
+    """Raises ObjectsError."""
+    given = os.environ.get(PASSWORD)
+    if given is None:
+        return None
+    from workloads.objects.named import password  # noqa: PLC0415 - boto, which an unencrypted key needs not wait for
+
+    return password(given)
 
 
 def registry(

@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import json
 import os
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from rankbridge.faults import DeskError
 from rankbridge.interrupts import shield
@@ -109,7 +110,7 @@ def opened(form: CloudForm, layout: Layout, *, keep: bool = False, where: Place 
 def _localstack(layout: Layout, *, keep: bool, where: Place) -> Iterator[Cloud]:
     from infra.emulator import EmulatorError  # noqa: PLC0415 - as in `check`
 
-    cloud, emulator, lock_days = _local_cloud(layout, where)
+    cloud, emulator, declared = _local_cloud(layout, where)
     ours = _home(layout, where) / "rehearsal"
     ran = emulator.pid() is not None and emulator.healthy() and not _is_noted(ours, emulator.pid())
     try:
@@ -123,9 +124,7 @@ def _localstack(layout: Layout, *, keep: bool, where: Place) -> Iterator[Cloud]:
         ours.parent.mkdir(parents=True, exist_ok=True)
         ours.write_text(f"{emulator.pid()}\n")
     try:
-        client = s3(cloud)
-        _make_bucket(client, cloud.data_bucket, cloud.settings["AWS_DEFAULT_REGION"], lock_days=None)
-        _make_bucket(client, cloud.models_bucket, cloud.settings["AWS_DEFAULT_REGION"], lock_days=lock_days)
+        _declare(cloud, declared)
         yield cloud
     finally:
         if not ran and not keep:
@@ -141,8 +140,21 @@ def _is_noted(note: Path, pid: int | None) -> bool:
     return False
 
 
-def _local_cloud(layout: Layout, where: Place = HERE) -> tuple[Cloud, Emulator, int]:
-    """The LocalStack of this home of state, up or not, and the days that its published models are locked."""
+@dataclasses.dataclass(frozen=True)
+class _Declared:
+    """What `infra.storage` declares around the two buckets."""
+
+    data_key: str
+    """Alias of the KMS key that encrypts the bucket of data."""
+    models_key: str
+    parameter: str
+    """SSM parameter that names the buckets."""
+    lock_days: int
+    """For so long published models are locked."""
+
+
+def _local_cloud(layout: Layout, where: Place = HERE) -> tuple[Cloud, Emulator, _Declared]:
+    """The LocalStack of this home of state, up or not, and what is declared for it."""
     from infra import config, stackfile  # noqa: PLC0415 - as in `check`
     from infra.emulator import PORT, STACK, Emulator, throw_away_secrets  # noqa: PLC0415
     from infra.iam import DataClass, Scope  # noqa: PLC0415
@@ -164,7 +176,13 @@ def _local_cloud(layout: Layout, where: Place = HERE) -> tuple[Cloud, Emulator, 
         "AWS_EC2_METADATA_DISABLED": "true",
     }
     cloud = Cloud(scope.bucket(DataClass.DATA), scope.bucket(DataClass.MODELS), settings)
-    return cloud, emulator, plan.storage.lock_days
+    declared = _Declared(
+        data_key=scope.key_alias(DataClass.DATA.value),
+        models_key=scope.key_alias(DataClass.MODELS.value),
+        parameter=plan.names.path("buckets"),
+        lock_days=plan.storage.lock_days,
+    )
+    return cloud, emulator, declared
 
 
 def _home(layout: Layout, where: Place) -> Path:
@@ -187,12 +205,17 @@ def stop_localstack(layout: Layout) -> bool:
 
 def s3(cloud: Cloud) -> S3Client:
     """A client of this cloud's object store, for the desk itself."""
+    client: S3Client = _client(cloud, "s3")
+    return client
+
+
+def _client(cloud: Cloud, service: str) -> Any:  # noqa: ANN401 - boto3 makes its clients' types at run time
     import boto3  # noqa: PLC0415 - half a second, for commands that need it
     from botocore.config import Config  # noqa: PLC0415
 
     settings = cloud.settings
-    return boto3.client(
-        "s3",
+    return boto3.client(  # type: ignore[call-overload]  # stubs of S3 only
+        service,
         endpoint_url=settings.get("AWS_ENDPOINT_URL"),
         region_name=settings.get("AWS_DEFAULT_REGION"),
         aws_access_key_id=settings.get("AWS_ACCESS_KEY_ID"),
@@ -201,8 +224,29 @@ def s3(cloud: Cloud) -> S3Client:
     )
 
 
-def _make_bucket(client: S3Client, bucket: str, region: str, *, lock_days: int | None) -> None:
-    """A bucket as `infra.storage` declares it, unless it is there: versioned, and locked where models are kept."""
+def _declare(cloud: Cloud, declared: _Declared) -> None:
+    """Both buckets, their keys and the parameter that names them, as `infra.storage` declares them."""
+    region = cloud.settings["AWS_DEFAULT_REGION"]
+    objects, keys = s3(cloud), _client(cloud, "kms")
+    data_key, models_key = _make_key(keys, declared.data_key), _make_key(keys, declared.models_key)
+    _make_bucket(objects, cloud.data_bucket, region, key=data_key, lock_days=None)
+    _make_bucket(objects, cloud.models_bucket, region, key=models_key, lock_days=declared.lock_days)
+    names = json.dumps({"data": cloud.data_bucket, "models": cloud.models_bucket}, sort_keys=True)
+    _client(cloud, "ssm").put_parameter(Name=declared.parameter, Value=names, Type="String", Overwrite=True)
+
+
+def _make_key(keys: Any, alias: str) -> str:  # noqa: ANN401 - as in `_client`
+    """ARN of the key behind an alias, made where there is none."""
+    try:
+        return str(keys.describe_key(KeyId=alias)["KeyMetadata"]["Arn"])
+    except keys.exceptions.NotFoundException:
+        made = keys.create_key(Description=alias)["KeyMetadata"]
+    keys.create_alias(AliasName=alias, TargetKeyId=made["KeyId"])
+    return str(made["Arn"])
+
+
+def _make_bucket(client: S3Client, bucket: str, region: str, *, key: str, lock_days: int | None) -> None:
+    """A bucket, unless it is there: versioned, encrypted with a key, and locked where models are kept."""
     held = {one.get("Name") for one in client.list_buckets()["Buckets"]}
     if bucket in held:
         return
@@ -212,6 +256,17 @@ def _make_bucket(client: S3Client, bucket: str, region: str, *, lock_days: int |
         CreateBucketConfiguration={"LocationConstraint": region},  # type: ignore[typeddict-item]  # any region's name
     )
     client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    client.put_bucket_encryption(
+        Bucket=bucket,
+        ServerSideEncryptionConfiguration={
+            "Rules": [
+                {
+                    "ApplyServerSideEncryptionByDefault": {"SSEAlgorithm": "aws:kms", "KMSMasterKeyID": key},
+                    "BucketKeyEnabled": True,
+                }
+            ]
+        },
+    )
     if lock_days is not None:
         client.put_object_lock_configuration(
             Bucket=bucket,

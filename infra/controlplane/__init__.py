@@ -161,12 +161,12 @@ class ControlPlane:
             child.send_signal(signal.SIGCONT)
         deadline = time.monotonic() + STOP_SECONDS
         for name in order:
-            if child := self._children.pop(name, None):
-                try:
-                    child.wait(max(deadline - time.monotonic(), 0.1))
-                except subprocess.TimeoutExpired:
-                    child.kill()
-                    child.wait()
+            child = self._children.pop(name)
+            try:
+                child.wait(max(deadline - time.monotonic(), 0.1))
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
 
     def pid(self, name: str) -> int:
         """Process id of a part (`apiserver`, `kwok`, ...): tests that stop a part need it."""

@@ -10,6 +10,8 @@ import threading
 from types import TracebackType
 from typing import Any, Final
 
+import httpx
+
 from infra.controlplane.api import Api, Manifest, RefusedError
 
 SELECTED: Final = "volume.kubernetes.io/selected-node"
@@ -53,7 +55,7 @@ class Provisioner:
                     node = claim["metadata"].get("annotations", {}).get(SELECTED)
                     if node and not claim["spec"].get("volumeName"):
                         self._api.apply(_volume(claim, node))
-            except (RefusedError, OSError):
+            except (RefusedError, httpx.TransportError):
                 continue  # the next look is soon; a claim that never binds leaves its pod pending, which is seen
 
 

@@ -1,7 +1,7 @@
 """Everything of `apps-prod` on a real control plane with the foundation's nodes: admission, placement, change.
 
 What Pod Security, quotas, the scheduler, rollouts and disruption budgets say here they say in production. What a
-container would do is not tried (docs/cluster.md).
+container would do is not tried (docs/apps.md).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -123,6 +123,43 @@ def test_gpu_pods_run_in_aws_only_each_on_a_gpu_of_its_own_and_gateways_at_both_
     assert {site_of[p["spec"]["nodeName"]] for p in deployed.pods("gateway")} == {"onprem", "aws"}
 
 
+def test_each_gpu_node_has_its_device_plugin_and_no_other_node_one(deployed: Deployed, api: Api):
+    (plugin,) = deployed.named("DaemonSet")
+    with_gpu = {n["metadata"]["name"] for n in api.find("v1", "Node") if GPU in n["status"].get("allocatable", {})}
+    running = [p["spec"]["nodeName"] for p in api.find("v1", "Pod", plugin["metadata"]["namespace"]) if _runs(p)]
+    assert sorted(running) == sorted(with_gpu)
+
+
+def _runs(pod: Manifest) -> bool:
+    return bool(pod["status"].get("phase") == "Running")
+
+
+def test_a_service_leads_to_the_ready_pods_of_its_role_at_its_site_and_to_no_other(deployed: Deployed, api: Api):
+    slices = api.find("discovery.k8s.io/v1", "EndpointSlice")
+    behind: dict[str, set[str]] = collections.defaultdict(set)
+    for piece in slices:
+        for end in piece.get("endpoints") or ():
+            if end["conditions"]["ready"]:
+                behind[piece["metadata"]["labels"]["kubernetes.io/service-name"]].add(end["targetRef"]["name"])
+    served = set()
+    for service in deployed.named("Service"):
+        labels = service["metadata"]["labels"]
+        role, site = labels["rankbridge.io/role"], labels["rankbridge.io/site"]
+        if role in SERVING_ROLES:
+            served.add((role, site))
+            assert behind[service["metadata"]["name"]] == {p["metadata"]["name"] for p in deployed.pods(role, site)}
+    assert served == {(r, s) for r, s, _ in deployed.serving() if r in SERVING_ROLES}
+
+
+def test_expressions_of_admission_policies_compile_and_fit_the_kinds_that_they_are_about(deployed: Deployed, api: Api):
+    policies = deployed.named("ValidatingAdmissionPolicy")
+    assert policies
+    for policy in policies:
+        where = policy["apiVersion"], policy["kind"], policy["metadata"]["name"]
+        assert until(lambda at=where: "typeChecking" in api.get(*at).get("status", {}))  # type: ignore[misc]  # a default argument binds the loop's value
+        assert api.get(*where)["status"]["typeChecking"].get("expressionWarnings", []) == []
+
+
 def test_replicas_are_spread_over_nodes(deployed: Deployed):
     for role, site, manifest in deployed.serving():
         constraints = manifest["spec"]["template"]["spec"].get("topologySpreadConstraints", ())
@@ -134,32 +171,78 @@ def test_replicas_are_spread_over_nodes(deployed: Deployed):
 def test_every_quota_has_room_for_what_is_declared_and_refuses_more(deployed: Deployed, api: Api):
     quotas = deployed.named("ResourceQuota")
     assert {q["metadata"]["namespace"] for q in quotas} >= {"rankbridge", "rankbridge-jobs", "rankbridge-platform"}
+    size = {"cpu": "10000", "memory": "64Mi", "ephemeral-storage": "64Mi"}
     for quota in quotas:
         assert "requests.cpu" in quota["spec"]["hard"]
         with pytest.raises(RefusedError, match=r"exceeded quota: .*requests.cpu"):
-            api.apply(_greedy(quota["metadata"]["namespace"]))
+            api.apply(_restricted_pod("greedy", quota["metadata"]["namespace"], size))
 
 
-def _greedy(namespace: str) -> Manifest:
-    resources = {"cpu": "10000", "memory": "64Mi", "ephemeral-storage": "64Mi"}
+def _restricted_pod(name: str, namespace: str, size: Mapping[str, str]) -> Manifest:
     security = {
         "allowPrivilegeEscalation": False,
         "capabilities": {"drop": ["ALL"]},
         "runAsNonRoot": True,
         "seccompProfile": {"type": "RuntimeDefault"},
     }
-    container = {
-        "name": "main",
-        "image": IMAGE,
-        "resources": {"requests": resources, "limits": resources},
-        "securityContext": security,
-    }
-    return {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": "greedy", "namespace": namespace},
-        "spec": {"containers": [container]},
-    }
+    resources = {"requests": dict(size), "limits": dict(size)}
+    container = {"name": "main", "image": IMAGE, "resources": resources, "securityContext": security}
+    metadata = {"name": name, "namespace": namespace}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": {"containers": [container]}}
+
+
+def test_every_quota_lets_each_role_grow_to_its_maximum(deployed: Deployed, figures: Figures):
+    highest = {}
+    for scaled in deployed.named("ScaledObject"):
+        labels = scaled["metadata"]["labels"]
+        where = labels["rankbridge.io/role"], labels["rankbridge.io/site"]
+        highest[where] = (deployed.workload(*where)["spec"]["replicas"], scaled["spec"]["maxReplicaCount"])
+    try:
+        for (role, site), (_, most) in highest.items():
+            deployed.scale(role, site, most)
+        # Pods that find no node yet wait for one; a quota would not let them be made at all.
+        made = until(lambda: all(len(deployed.pods(*where)) == most for where, (_, most) in highest.items()))
+        assert made, deployed.unsettled()
+        figures.add("pods at the highest load", str(len(deployed.pods())), "all let in by their quota")
+    finally:
+        for (role, site), (usual, _) in highest.items():
+            deployed.scale(role, site, usual)
+    assert until(deployed.is_settled, 60), deployed.unsettled()
+
+
+def test_serving_pushes_jobs_off_a_gpu_and_a_job_pushes_nobody(deployed: Deployed, api: Api):
+    free = sum(1 for n in api.find("v1", "Node") if GPU in n["status"].get("allocatable", {}))
+    free -= len(deployed.pods("triton", "aws"))
+    before = deployed.workload("triton", "aws")["spec"]["replicas"]
+    jobs = [f"fills-{number}" for number in range(free + 1)]
+    try:
+        for name in jobs:
+            api.apply(_gpu_job_pod(name))
+        assert until(lambda: _phases(api, jobs).count("Running") == free), _phases(api, jobs)
+        time.sleep(1)
+        assert len(deployed.pods("triton", "aws")) == before, "a job that waits takes nobody's place"
+        assert _phases(api, jobs).count("Pending") == 1
+        deployed.scale("triton", "aws", before + 1)
+        assert until(deployed.is_settled), deployed.unsettled()
+        assert _phases(api, jobs).count("Running") == free - 1
+    finally:
+        deployed.scale("triton", "aws", before)
+        for name in jobs:
+            api.delete("v1", "Pod", name, "rankbridge-jobs")
+    assert until(deployed.is_settled, 60), deployed.unsettled()
+
+
+def _gpu_job_pod(name: str) -> Manifest:
+    pod = _restricted_pod(name, "rankbridge-jobs", {"cpu": "100m", "memory": "64Mi", "ephemeral-storage": "64Mi"})
+    resources = pod["spec"]["containers"][0]["resources"]
+    resources["limits"] = {**resources["limits"], GPU: "1"}
+    toleration = {"key": GPU, "operator": "Exists"}
+    return {**pod, "spec": {**pod["spec"], "priorityClassName": "rankbridge-jobs", "tolerations": [toleration]}}
+
+
+def _phases(api: Api, names: list[str]) -> list[str]:
+    found = {p["metadata"]["name"]: p for p in api.find("v1", "Pod", "rankbridge-jobs") if not is_leaving(p)}
+    return [found[name]["status"].get("phase", "") for name in names if name in found]
 
 
 def test_a_second_apply_changes_nothing_and_a_third_writes_nothing(deployed: Deployed, api: Api, figures: Figures):
@@ -326,7 +409,7 @@ def test_the_host_of_the_vault_is_not_emptied_by_a_drain_because_its_gateways_ca
         assert readiness.now("gateway", "onprem") == floor
     assert until(deployed.is_settled, 60), deployed.unsettled()
     assert readiness.lowest("gateway", "onprem") == floor
-    figures.add("drain of the vault's host", "is refused", f"its budget keeps {floor} gateways there (docs/cluster.md)")
+    figures.add("drain of the vault's host", "is refused", f"its budget keeps {floor} gateways there (docs/apps.md)")
 
 
 def test_a_budget_refuses_an_eviction_until_the_one_before_it_is_made_good(

@@ -1,6 +1,6 @@
 """Autoscaling, driven for real: Kubernetes' own autoscaler, asking a played server of external metrics.
 
-KEDA does not run here (docs/cluster.md). What it makes of a ScaledObject is an autoscaler of pods over an external
+KEDA does not run here (docs/apps.md). What it makes of a ScaledObject is an autoscaler of pods over an external
 metric; the same is made here by its documented rules, from the very ScaledObject that was accepted. Stacks whose
 engine is `hpa` declare such an autoscaler themselves.
 """
@@ -144,7 +144,7 @@ def test_replicas_follow_the_load_up_and_down_between_their_bounds(
         began = time.monotonic()
         scaler.says(1.5)
         assert until(lambda: scaler.replicas > low), scaler.status()
-        figures.add(f"{role} at {site} scales out after", f"{time.monotonic() - began:.1f} s", "looks every 2 s here")
+        figures.add(f"{role} at {site} scales out after", f"{time.monotonic() - began:.1f} s", "it looks each second")
         scaler.says(50.0)
         assert until(lambda: scaler.replicas == high, 45), scaler.status()
         asked = scaler.asked()

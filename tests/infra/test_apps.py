@@ -196,6 +196,30 @@ def test_every_command_line_is_one_that_our_programs_take(apps: Apps):
         assert flags - {"--notice-s"} <= known, (module, *sub)
 
 
+@pytest.mark.parametrize("stack", STACKS)
+def test_an_update_waits_for_nothing_that_it_does_not_start_itself(apps: Apps, stack: str):
+    """Pulumi waits until a Service has pods, a claim its volume and an Ingress its address, and fails after minutes."""
+    run = apps(stack)
+    started = [
+        (m["metadata"]["namespace"], m["spec"]["template"]["metadata"]["labels"].items())
+        for m in manifests(run)
+        if m["kind"] in ("Deployment", "StatefulSet") and m["spec"]["replicas"]
+    ]
+
+    def waits(manifest: Manifest) -> bool:
+        metadata = manifest["metadata"]
+        if manifest["kind"] == "Service":
+            spec = manifest["spec"]
+            chosen = spec["selector"].items()
+            is_empty = not any(at == metadata["namespace"] and chosen <= labels for at, labels in started)
+            return is_empty and spec.get("clusterIP") != "None"
+        return manifest["kind"] in ("PersistentVolumeClaim", "Ingress")
+
+    found = [m["metadata"] for m in manifests(run) if waits(m)]
+    assert {"load", "vault"} <= {m["name"] for m in found}
+    assert [m["name"] for m in found if m.get("annotations", {}).get("pulumi.com/skipAwait") != "true"] == []
+
+
 def test_an_update_leaves_the_number_of_pods_to_the_scaler(apps: Apps):
     run = apps()
     scaled = {m["spec"]["scaleTargetRef"]["name"] for m in of_kind(run, "ScaledObject").values()}
@@ -235,6 +259,46 @@ def test_an_edge_site_is_gateway_and_retrieval_and_nothing_else(recorded: Callab
     assert evaluate(RULES, run.rules_view()) == []
 
 
+def test_a_second_region_is_one_entry_with_all_that_looks_after_its_nodes(recorded: Callable[..., Recording]):
+    below = recorded("foundation-prod")
+    values, _ = paper.sample_apps("apps-prod")
+    sites = json.loads(values["rankbridge:sites"])
+    sites.append({**sites[1], "name": "aws2", "host": "ranking-aws2.example.com"})
+    _, cloud = below.outputs["sites"]
+    groups = [{**g, "auto_scaling_group": f"{g['auto_scaling_group']}-2"} for g in cloud["node_groups"]]
+    queue = "https://sqs.eu-west-1.amazonaws.com/1/notices"
+    second = {**cloud, "name": "aws2", "region": "eu-west-1", "cidr": "10.30.0.0/16", "queue_url": queue}
+    wider = {**below.outputs, "sites": [*below.outputs["sites"], {**second, "node_groups": groups}]}
+    run = paper.record_apps("apps-prod", dataclasses.replace(below, outputs=wider), sites=sites)
+    assert evaluate(RULES, run.rules_view()) == []
+    deployments = of_kind(run, "Deployment")
+    assert {n for n in deployments if n.startswith("aws2-")} == {
+        f"aws2-{what}"
+        for what in ("gateway", "retrieval", "triton", "cluster-autoscaler", "node-hygiene", "spot-handler")
+    }
+    for site, region, theirs in (
+        ("aws", "eu-central-1", {g["auto_scaling_group"] for g in cloud["node_groups"]}),
+        ("aws2", "eu-west-1", {g["auto_scaling_group"] for g in groups}),
+    ):
+        main = deployments[f"{site}-cluster-autoscaler"]["spec"]["template"]["spec"]["containers"][0]
+        assert {"name": "AWS_REGION", "value": region} in main["env"]
+        assert {p.rpartition(":")[2] for p in main["command"] if p.startswith("--nodes=")} == theirs
+        hygiene = deployments[f"{site}-node-hygiene"]["spec"]["template"]["spec"]["containers"][0]["command"]
+        assert flag(hygiene, "--region") == region
+        assert {hygiene[i + 1] for i, part in enumerate(hygiene) if part == "--group"} == theirs
+    spot = deployments["aws2-spot-handler"]["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert flag(spot, "--queue-url") == queue
+    held = {p.partition("=")[2] for n in deployments if n.endswith("autoscaler") for p in _command(deployments[n])}
+    (role,) = (m for m in manifests(run) if m["kind"] == "Role" and m["metadata"]["name"].endswith("autoscaler"))
+    for rule in role["rules"]:
+        assert set(rule.get("resourceNames", [])) <= held, "what it may do is about what it was told to hold"
+
+
+def _command(deployment: Manifest) -> list[str]:
+    command: list[str] = deployment["spec"]["template"]["spec"]["containers"][0]["command"]
+    return command
+
+
 @pytest.mark.parametrize(
     ("gpu", "resource", "told"),
     [
@@ -260,23 +324,36 @@ def test_operators_look_after_the_foundations_groups_and_queues(apps: Apps):
     hygiene = command("aws-node-hygiene")
     assert {hygiene[i + 1] for i, part in enumerate(hygiene) if part == "--group"} == groups
     assert flag(command("aws-spot-handler"), "--queue-url").startswith("https://sqs.eu-central-1.")
-    assert {p.rpartition(":")[2] for p in command("cluster-autoscaler") if p.startswith("--nodes=")} == groups
+    assert {p.rpartition(":")[2] for p in command("aws-cluster-autoscaler") if p.startswith("--nodes=")} == groups
 
 
-def test_every_pod_with_aws_has_its_roles_configuration(apps: Apps):
-    maps = {
-        (m["metadata"]["namespace"], m["metadata"]["name"]): m for m in manifests(apps()) if m["kind"] == "ConfigMap"
-    }
-    seen = 0
-    for manifest in manifests(apps()):
-        for name, template in templates_of(manifest):
-            for volume in template["spec"].get("volumes", []):
-                config = volume.get("configMap", {}).get("name", "")
-                if config.startswith("aws-"):
-                    seen += 1
-                    text = maps[manifest["metadata"]["namespace"], config]["data"]["config"]
-                    assert f"rankbridge-prod-{config.removeprefix('aws-')}" in text, name
-    assert seen > 10
+def test_every_pod_that_speaks_to_aws_is_its_role_by_the_certificate_of_just_that_role(apps: Apps):
+    seen = set()
+    for name, template in templates(apps()):
+        spec = template["spec"]
+        before, all_of_them = spec.get("initContainers", []), [*spec.get("initContainers", []), *spec["containers"]]
+        asks = [c["name"] for c in all_of_them if "AWS_REGION" in {e["name"] for e in c.get("env", [])}]
+        sidecars = [c for c in before if c["name"] == "identity"]
+        assert len(sidecars) == bool(asks), name
+        holders = [c["name"] for c in all_of_them if "identity" in {m["name"] for m in c.get("volumeMounts", [])}]
+        assert holders == ["identity"] * len(sidecars), f"{name}: nobody else sees the key"
+        for sidecar in sidecars:
+            (volume,) = (v for v in spec["volumes"] if v["name"] == "identity")
+            (source,) = volume["projected"]["sources"]
+            role = source["secret"]["name"].removeprefix("identity-")
+            seen.add(role)
+            assert flag(sidecar["command"], "--role-arn").endswith(f"rankbridge-prod-{role}"), name
+            assert flag(sidecar["command"], "--region") == "eu-central-1"
+            assert sidecar["restartPolicy"] == "Always"
+            started = [c["name"] for c in before]
+            assert all(started.index("identity") < started.index(c) for c in asks if c in started), name
+    assert seen == {"agent", "trainer", "publisher", "autoscaler", "node-hygiene", "spot-handler"}
+
+
+def test_on_an_emulator_there_is_no_certificate_to_ask_for(apps: Apps):
+    said = json.dumps(manifests(apps("apps-local")))
+    assert "identity-" not in said
+    assert "AWS_ENDPOINT_URL" in said
 
 
 def test_without_trusted_certificates_there_is_no_way_to_a_role():
@@ -284,7 +361,7 @@ def test_without_trusted_certificates_there_is_no_way_to_a_role():
         trust_anchor_arn = roles_anywhere_profile_arn = None
 
     with pytest.raises(ValueError, match=r"identity\.trust_anchor"):
-        platform.access_config(AwsRole.AGENT, Nobody())  # type: ignore[arg-type] -- nothing else of it is asked
+        platform.identity_command(AwsRole.AGENT, Nobody())  # type: ignore[arg-type] -- nothing else of it is asked
 
 
 # Definitions of others

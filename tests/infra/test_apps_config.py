@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from infra import apps_config, paper
 from infra.apps_config import AppsConfig, Crds, Engine, Image, Role
@@ -94,6 +97,16 @@ def test_an_edge_site_is_one_entry_that_ranks_elsewhere():
     edge |= {"roles": {"gateway": {}, "retrieval": {}}}  # type: ignore[dict-item] -- as JSON has it
     config = read(edit=lambda raw: raw["sites"].append(edge))
     assert config.site("shop-1").kind is SiteKind.EDGE
+    assert config.site("shop-1").ranks_at == "onprem"
+
+
+def test_the_entries_that_the_documents_show_are_taken_as_they_are():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "apps.md").read_text()
+    (shown,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    config = read(edit=lambda raw: raw["sites"].extend(yaml.safe_load(shown)))
+    kinds = {site.name: site.kind for site in config.sites}
+    assert (kinds["aws2"], kinds["shop-1"]) == (SiteKind.CLOUD, SiteKind.EDGE)
+    assert config.site("aws2").has_gpus
     assert config.site("shop-1").ranks_at == "onprem"
 
 

@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     job.add_argument("--bundle", required=True, type=Path, metavar="DIR", help="directory of the bundle")
     bring = commands.add_parser("fetch", parents=[of_site], help="what a channel points to, verified, onto the disk")
     bring.add_argument("--channel", required=True, metavar="NAME", help="channel of the registry")
-    bring.add_argument("--models-bucket", required=True, metavar="NAME", help="bucket of the registry")
+    bring.add_argument("--models-bucket", required=True, metavar="NAME", help="bucket, or ssm:PARAMETER#ENTRY")
     bring.add_argument("--trust", type=Path, metavar="DIR", help="as with `run`")
     server = commands.add_parser("run", parents=[shared, of_site], help="keep the site on its channel until SIGTERM")
     source = server.add_mutually_exclusive_group(required=True)
@@ -206,6 +206,7 @@ def _onnxruntime() -> str | None:
 def _channel(options: argparse.Namespace) -> ChannelReleases:
     """Raises CannotStartError."""
     from workloads.objects.s3 import S3Objects  # noqa: PLC0415 - boto takes memory that a fixed bundle needs not pay
+    from workloads.objects.store import ObjectsError  # noqa: PLC0415 - as above
 
     trust = options.trust or options.site_dir / "trust"
     try:
@@ -214,6 +215,8 @@ def _channel(options: argparse.Namespace) -> ChannelReleases:
         releases = ChannelReleases(registry, options.channel)
     except SignatureFault as error:
         raise CannotStartError(str(error), error.remedy) from error
+    except ObjectsError as error:  # no such profile, a parameter that cannot be read
+        raise CannotStartError(error.fault, error.remedy) from error
     except ValueError as error:
         raise CannotStartError(str(error), "see `python -m workloads.agent run --help`") from error
     return releases

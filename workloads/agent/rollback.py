@@ -40,7 +40,8 @@ def rollback(
     editions = _editions(root)
     edition = _chosen(root, editions, options.to)
     hold = memory.read_hold(root)
-    if edition == editions.serve and len(editions.load) == 1 and (hold is None or hold.edition == edition):
+    # What is served without having been asked for may be on its way out already: the wish is written all the same.
+    if edition == editions.serve and len(editions.load) == 1 and hold is not None and hold.edition == edition:
         progress.result({"edition": str(edition)}, seconds=0.0)
         return
     seen = memory.read_seen(root)

@@ -87,6 +87,7 @@ def _publish(arguments: argparse.Namespace, progress: Progress) -> dict[str, str
     from workloads.bundle.registry import Registry  # noqa: PLC0415
     from workloads.bundle.signature import Trust  # noqa: PLC0415
     from workloads.delta.publishing import Publisher  # noqa: PLC0415
+    from workloads.objects.named import password  # noqa: PLC0415
     from workloads.objects.s3 import S3Objects  # noqa: PLC0415
     from workloads.privacy.audit import AuditLog  # noqa: PLC0415
 
@@ -100,7 +101,7 @@ def _publish(arguments: argparse.Namespace, progress: Progress) -> dict[str, str
         channel=arguments.channel,
         actor=arguments.actor,
         key=arguments.key,
-        password=os.environ.get(PASSWORD),
+        password=password(os.environ.get(PASSWORD)),
     )
     if arguments.job == "publish":
         delta, pointer = arguments.delta, publisher.publish(arguments.delta)

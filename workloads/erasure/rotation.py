@@ -77,10 +77,11 @@ class Rotation:
             names = self._vault.renamed(epochs.current, epochs.next)
             copied = 0 if self._profiles is None else self._profiles.copy(names)
             self._progress.step("profiles", len(names), len(names), "people")
-            epochs = self._vault.switch()
+            # Told before it is done, as every change is: a kill in between leaves a line too many, never one too few.
             self._audit.append(
-                action="key.rotated", actor=ACTOR, subject=f"epoch {epochs.current}", detail={"profiles": copied}
+                action="key.rotated", actor=ACTOR, subject=f"epoch {epochs.next}", detail={"profiles": copied}
             )
+            epochs = self._vault.switch()
         self._progress.result({"next": "finish"}, current=epochs.current)
         return epochs
 
@@ -109,13 +110,13 @@ class Rotation:
         for place in self._replicas:
             place.remove(names)
         drop_data_sets(self._home / "aws" / "training" / "replica", key_epoch=old)
-        epochs = self._vault.retire()
         self._audit.append(
             action="key.destroyed",
             actor=ACTOR,
             subject=f"epoch {old}",
             detail={"lake_files": files, "data_sets": len(sets), "profiles": profiles},
         )
+        epochs = self._vault.retire()
         self._progress.result({}, current=epochs.current, lake_files=files, data_sets=len(sets))
         return epochs
 
@@ -131,7 +132,9 @@ class Rotation:
 
     def _nothing_under_way(self, current: int) -> None:
         """Refuse while a request from before the switch may still bring an event under an old name."""
-        made_s = key_path(self._vault.keys, current).stat().st_mtime
+        switched_ms = self._vault.switched_ms
+        # A key may be made long before it is used: profiles are copied in between, and a kill may come.
+        made_s = key_path(self._vault.keys, current).stat().st_mtime if switched_ms is None else switched_ms / 1000
         wait_s = made_s + self._settle_ms / 1000 - time.time()
         if wait_s > 0:
             raise RotationError(

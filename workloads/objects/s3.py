@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import boto3
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, NoRegionError, PartialCredentialsError
+from botocore.exceptions import BotoCoreError, ClientError
 
+from workloads.objects.named import CONFIGURED, NOT_CONFIGURED, bucket_name
 from workloads.objects.store import (
     Conflict,
     Content,
@@ -51,13 +53,12 @@ RACES: Final = 8
 """How often S3's "somebody is writing this right now" is waited out."""
 
 _MISSING: Final = frozenset({"404", "NoSuchKey", "NotFound", "NoSuchBucket", "NoSuchUpload"})
-_CONFIGURED: Final = "check AWS_PROFILE or the credentials, AWS_REGION and, for another endpoint, AWS_ENDPOINT_URL"
 
 
 def s3_client() -> S3Client:
     """A client from the standard AWS configuration (environment, profile, role); may be shared by threads.
 
-    Raises Denied where no region or no credentials are configured.
+    Raises Denied where no region, no credentials or no such profile are configured.
     """
     try:
         return boto3.session.Session().client(
@@ -70,16 +71,24 @@ def s3_client() -> S3Client:
                 tcp_keepalive=True,
             ),
         )
-    except (NoRegionError, NoCredentialsError, PartialCredentialsError, ValueError) as error:
-        raise Denied(f"no client for S3: {error}", _CONFIGURED) from None
+    except (*NOT_CONFIGURED, ValueError) as error:
+        raise Denied(f"no client for S3: {error}", CONFIGURED) from None
 
 
 class S3Objects:
-    """One bucket behind `ObjectStore`."""
+    """One bucket behind `ObjectStore`. Raises Denied where a client cannot be had."""
 
     def __init__(self, bucket: str, client: S3Client | None = None) -> None:
-        self.bucket = bucket
+        self._named = bucket
         self._s3 = client or s3_client()
+
+    @functools.cached_property
+    def bucket(self) -> str:
+        """Its name, asked for once where SSM knows it (`workloads.objects.named`).
+
+        Not before the first question: an agent starts while the cloud is away. Raises Denied, Unavailable.
+        """
+        return bucket_name(self._named)
 
     def get(self, key: str, *, sha256: str | None = None) -> Got:
         """See ObjectStore."""
@@ -279,8 +288,8 @@ class S3Objects:
             yield
         except ClientError as error:
             self._explain(verb, key, error)
-        except (NoCredentialsError, PartialCredentialsError) as error:
-            raise Denied(f"cannot {verb} {where}: {error}", _CONFIGURED) from None
+        except NOT_CONFIGURED as error:
+            raise Denied(f"cannot {verb} {where}: {error}", CONFIGURED) from None
         except (BotoCoreError, OSError) as error:
             raise Unavailable(f"cannot {verb} {where}: {error}") from None
 

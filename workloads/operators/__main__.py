@@ -8,6 +8,7 @@ and credentials of AWS are the standard configuration's.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from workloads.operators.sweeper import Sweeper
 from workloads.telemetry.metrics import new_registry
 from workloads.telemetry.service import CannotStartError, Service, run
 
-PERIOD_S = 10.0
+PERIOD_S = 5.0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,6 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0 stopped when asked, 2 on bad input or where it cannot start."""
     options = _parser().parse_args(arguments)
     build = _hygiene if options.command == Operator.HYGIENE else _spot
+    for library in ("httpx2", "botocore"):  # a line for each request is nobody's news
+        logging.getLogger(library).setLevel(logging.WARNING)
     return run(options.command, options.site, options.listen, lambda: _built(build, options))
 
 

@@ -24,9 +24,9 @@ from workloads.operators.notices import Hook, Hooks, Kind, Message, Notice, Noti
 from workloads.operators.router import Router
 from workloads.telemetry import log
 
-HOLD_S: Final = 20
+HOLD_S: Final = 12
 """How long nobody else gets a message that is being worked on: about the time that a death of the handler costs."""
-HOLD_EVERY_S: Final = 7.0
+HOLD_EVERY_S: Final = 3.0
 SECONDS_MIN: Final = 1
 """The least time that a pod gets to end: 0 would tear it from the node's record before it has."""
 
@@ -63,7 +63,8 @@ class _Work:
     messages: dict[str, tuple[Message, Notice]] = dataclasses.field(default_factory=dict)
     beaten: float = 0.0
     held: float = 0.0
-    denied: set[str] = dataclasses.field(default_factory=set)
+    said: set[str] = dataclasses.field(default_factory=set)
+    """Faults that stand in the log: they come back each second."""
     withdrawn: int = 0
     evicted: int = 0
     outcome: str = ""
@@ -206,8 +207,8 @@ class Handler:
         try:
             return act()
         except DeniedFault as error:
-            if str(error) not in work.denied:
-                work.denied.add(str(error))
+            if str(error) not in work.said:
+                work.said.add(str(error))
                 _logger.error("denied, and gone on without", instance=work.instance, fault=str(error))
             return 0
 
@@ -259,7 +260,9 @@ class Handler:
                 del work.messages[message.id]
         except CloudFault as error:
             if now < work.deadline + self._times.insist_s:
-                _logger.warning("not let go yet", instance=work.instance, fault=str(error))
+                if str(error) not in work.said:
+                    work.said.add(str(error))
+                    _logger.warning("not let go yet", instance=work.instance, fault=str(error))
                 return
             _logger.error("given up: the message goes back to its queue", instance=work.instance, fault=str(error))
             work.outcome = "given-up"

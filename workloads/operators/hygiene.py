@@ -18,7 +18,7 @@ from workloads.operators.cluster import Node, instance_of
 class Limits:
     """How sure is sure. Raises ValueError for numbers that would remove a node on one look or never."""
 
-    rounds: int = 3
+    rounds: int = 4
     """Rounds on end that must agree."""
     unknown_s: float = 900.0
     """How long EC2 must not know an instance, whose node is not ready, before it counts as gone."""

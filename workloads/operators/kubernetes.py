@@ -37,7 +37,7 @@ class LightkubeCluster:
         """The cluster of this pod or of KUBECONFIG; asks it nothing yet. Raises ClusterFault when neither is there."""
         try:
             return cls(Client(timeout=httpx2.Timeout(TIMEOUT_S), field_manager="rankbridge-operators"))
-        except (ConfigError, OSError, ValueError, KeyError) as error:
+        except (ConfigError, OSError, ValueError, KeyError, AssertionError) as error:  # a file without a user asserts
             raise ClusterFault(f"no cluster is configured: {error}") from error
 
     def nodes(self) -> Sequence[Node]:

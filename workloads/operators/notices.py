@@ -17,6 +17,8 @@ import msgspec
 
 _INSTANCE: Final = re.compile(r"i-[0-9a-f]{8,17}")
 _TERMINATING: Final = "autoscaling:EC2_INSTANCE_TERMINATING"
+_TOKEN_LENGTH: Final = 36
+"""Auto Scaling takes no other back."""
 
 
 class Kind(enum.StrEnum):
@@ -84,6 +86,8 @@ def read(body: str) -> Notice:
     if event.kind is Kind.TERMINATING:
         if not (detail.group and detail.hook and detail.token) or detail.transition != _TERMINATING:
             raise PoisonError("a lifecycle action without its group, hook and token, or of another transition")
+        if len(detail.token) != _TOKEN_LENGTH:
+            raise PoisonError(f"a lifecycle action's token of {len(detail.token)} characters")
         hook, instance = Hook(detail.group, detail.hook, detail.token), detail.ec2_instance_id
     if instance is None or _INSTANCE.fullmatch(instance) is None:
         raise PoisonError(f"no instance id: {instance!r:.40}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import functools
 import time
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -91,15 +92,17 @@ def spot_service(handler: Handler, notices: Notices, registry: CollectorRegistry
     stepped = Pulse("cluster", IDLE_S + STALE_S, registry)
     arrived = asyncio.Event()
 
-    def look() -> tuple[str, list[Message]]:
+    def look(wait_s: int) -> tuple[str, list[Message]]:
         try:
-            return "", list(notices.receive(WAIT_S, HOLD_S))
+            return "", list(notices.receive(wait_s, HOLD_S))
         except CloudFault as error:
             return str(error), []
 
     async def receive() -> None:
+        wait_s = 0  # the first look shows at once whether there is a queue
         while True:
-            fault, messages = await in_thread(look)
+            fault, messages = await in_thread(functools.partial(look, wait_s))
+            wait_s = WAIT_S
             received.beat(fault)
             if fault:
                 _logger.warning("no notices", fault=fault)

@@ -114,7 +114,7 @@ def destroy_key(path: Path) -> bool:
         file.write(secrets.token_bytes(KEY_BYTES))
         file.flush()
         os.fsync(file.fileno())
-    path.unlink()
+    path.unlink(missing_ok=True)  # another process may be doing the same
     _sync_folder(path.parent)
     return True
 

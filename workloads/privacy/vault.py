@@ -44,6 +44,10 @@ _NOT_LONG_S: Final = 0.5
 _SEARCH_BYTES: Final = 1 << 20
 _UNSWEPT: Final = "unswept "
 """Before a ticket: a fact that says that copies of this person's salt may be in the file."""
+_SWITCHED: Final = "switched"
+"""The fact of when the current key began to make names, in ms."""
+_SPENT: Final = "spent"
+"""Role of a key that is valid no more and is to be destroyed; its row goes when that is done."""
 _SCHEMA_VERSION: Final = 2
 _SCHEMA: Final = """
 BEGIN IMMEDIATE;
@@ -208,6 +212,7 @@ class SqliteVault:
                 self._writer.close()
                 raise
         try:
+            self._destroy_spent()  # what a killed `retire` left to be done
             for epoch in self.epochs().valid:
                 self.key(epoch)
         except BaseException:
@@ -330,17 +335,36 @@ class SqliteVault:
             if "next" in self._roles(change):
                 change.execute("UPDATE epochs SET role = 'retiring' WHERE role = 'current'")
                 change.execute("UPDATE epochs SET role = 'current' WHERE role = 'next'")
+                change.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (_SWITCHED, str(self._clock())))
         return self.epochs()
 
+    @property
+    def switched_ms(self) -> int | None:
+        """When the last `switch` was; None before the first, and for one by a release that did not write it down."""
+        with self._reading, _named(self.path):
+            row = self._reader.execute("SELECT value FROM facts WHERE name = ?", (_SWITCHED,)).fetchone()
+        return None if row is None else int(row[0])
+
     def retire(self) -> Epochs:
-        """Destroy the retiring key: nobody can make or follow a name of its epoch any more."""
-        retiring = self.epochs().retiring
-        if retiring is not None:
-            destroy_key(key_path(self.keys, retiring))
-            with self._writing, _named(self.path), self._change() as change:
-                change.execute("DELETE FROM epochs WHERE role = 'retiring'")
-            self._held.pop(retiring, None)
+        """Destroy the retiring key: nobody can make or follow a name of its epoch any more.
+
+        It is valid no more before its file goes, so that a kill in between leaves no vault that asks for a key that
+        is not there; whoever opens it next destroys what is left.
+        """
+        self._destroy_spent()
+        with self._writing, _named(self.path), self._change() as change:
+            change.execute("UPDATE epochs SET role = ? WHERE role = 'retiring'", (_SPENT,))
+        self._destroy_spent()
         return self.epochs()
+
+    def _destroy_spent(self) -> None:
+        with self._writing, _named(self.path):
+            spent = [epoch for (epoch,) in self._writer.execute("SELECT epoch FROM epochs WHERE role = ?", (_SPENT,))]
+            for epoch in spent:
+                destroy_key(key_path(self.keys, epoch))
+                self._held.pop(epoch, None)
+                with self._change() as change:
+                    change.execute("DELETE FROM epochs WHERE epoch = ? AND role = ?", (epoch, _SPENT))
 
     def renamed(self, old: int, new: int) -> dict[str, str]:
         """Everybody's pseudonym of epoch `old` to that of epoch `new`; both keys must be there."""
@@ -380,7 +404,8 @@ class SqliteVault:
             self._writer.executescript(_SCHEMA)
 
     def _roles(self, connection: sqlite3.Connection | None = None) -> Mapping[str, int]:
-        rows = (connection or self._writer).execute("SELECT role, epoch FROM epochs")
+        """Of every key that is valid."""
+        rows = (connection or self._writer).execute("SELECT role, epoch FROM epochs WHERE role <> ?", (_SPENT,))
         return dict(rows.fetchall())
 
     @contextmanager

@@ -67,7 +67,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m workloads.replication", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     bucket = argparse.ArgumentParser(add_help=False)
-    bucket.add_argument("--data-bucket", required=True, metavar="BUCKET", help="the bucket for what may leave home")
+    bucket.add_argument(
+        "--data-bucket",
+        required=True,
+        metavar="BUCKET",
+        help="the bucket for what may leave home, or ssm:PARAMETER#ENTRY",
+    )
 
     one = commands.add_parser("push", parents=[bucket], help="replicate a prepared data set")
     one.add_argument("--dataset", type=Path, required=True, metavar="DIR", help="made by `python -m workloads.data`")
@@ -130,7 +135,7 @@ def _run(arguments: argparse.Namespace, progress: Progress) -> None:
             action="replica.remove",
             actor=ACTOR,
             subject=arguments.dataset,
-            detail={"bucket": arguments.data_bucket, "parts": parts},
+            detail={"bucket": store.bucket, "parts": parts},
         )
         progress.result({"removed": arguments.dataset}, parts=parts)
     else:
@@ -154,7 +159,7 @@ def _push(arguments: argparse.Namespace, store: S3Objects, progress: Progress) -
         arguments.dataset,
         arguments.home,
         store,
-        arguments.data_bucket,
+        store.bucket,
         progress,
         audit=AuditLog(arguments.home / "onprem" / "audit.jsonl"),
         settings=Settings(

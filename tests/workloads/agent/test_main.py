@@ -9,6 +9,7 @@ import pytest
 
 from workloads.agent.__main__ import main
 from workloads.bundle import incoming
+from workloads.bundle.signature import make_key
 from workloads.bundle.store import verify
 from workloads.telemetry.progress import FaultLine, Line, ResultLine, parse
 
@@ -91,3 +92,24 @@ def test_a_site_directory_that_cannot_be_written_is_a_fault(
     line = _last(capsys)
     assert isinstance(line, FaultLine)
     assert "cannot write" in line.fault
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("fetch",),
+        ("run", "--site", "onprem", "--site-class", "cpu", "--triton", "127.0.0.1:9", "--listen", "127.0.0.1:9"),
+    ],
+)
+def test_a_profile_of_aws_that_is_not_there_is_a_fault_and_no_traceback(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_key(tmp_path / "trust" / "publisher.key")
+    monkeypatch.setenv("AWS_PROFILE", "misspelt")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/dev/null")
+    monkeypatch.setattr("os.nice", lambda _: 0)  # it would stay with the test run
+    options = ("--site-dir", str(tmp_path), "--channel", "stable", "--models-bucket", "models")
+    assert main([*command, *options]) == 2
+    said = "".join(capsys.readouterr())
+    assert "profile (misspelt) could not be found" in said
+    assert "check AWS_PROFILE" in said

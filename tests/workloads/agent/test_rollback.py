@@ -72,6 +72,13 @@ def test_going_back_again_does_not_go_forward_to_what_was_left(
     assert memory.read_hold(site.root) == Hold(edition=back, sequence=7)
 
 
+def test_what_is_served_is_held_when_it_is_asked_for_because_the_agent_may_be_bringing_another(
+    site: SiteDirectory, other: Path
+):
+    assert _go(site, "--to", other.name[:8], "--wait-s", "0") == 0
+    assert memory.read_hold(site.root) == Hold(edition=Edition(bundle=other.name), sequence=7)
+
+
 def test_a_wish_that_was_refused_is_not_asked_for_again(site: SiteDirectory, made: Path, other: Path):
     there = Edition(bundle=other.name)
     memory.write_hold(site.root, Hold(edition=there, sequence=7, refused="content: damaged"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import boto3
 import pytest
 
 from infra.emulator import Emulator
@@ -28,12 +29,16 @@ def aws(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def make_bucket(*, locked: bool = False) -> str:
+    """Versioned and under a key of its own, as the foundation's are."""
     name = f"objects-{next(_NUMBERS)}"
     client = s3_client()
     client.create_bucket(
         Bucket=name, ObjectLockEnabledForBucket=locked, CreateBucketConfiguration={"LocationConstraint": REGION}
     )
     client.put_bucket_versioning(Bucket=name, VersioningConfiguration={"Status": "Enabled"})
+    key = boto3.client("kms").create_key()["KeyMetadata"]["Arn"]
+    rule = {"ApplyServerSideEncryptionByDefault": {"SSEAlgorithm": "aws:kms", "KMSMasterKeyID": key}}
+    client.put_bucket_encryption(Bucket=name, ServerSideEncryptionConfiguration={"Rules": [rule]})
     if locked:
         client.put_object_lock_configuration(
             Bucket=name,

@@ -18,7 +18,7 @@ from workloads.operators.notices import Hook, Kind, MemoryHooks, MemoryNotices
 from workloads.operators.router import Services
 
 INSTANCE = "i-0aaaaaaaaaaaaaaaa"
-HOOK = Hook("g", "drained", "t")
+HOOK = Hook("g", "drained", "87654321-4321-4321-4321-210987654321")
 START = 1_800_000_000.0
 
 

@@ -70,6 +70,7 @@ def test_a_lifecycle_action_says_what_to_answer():
         json.dumps({**INTERRUPTION, "detail": {}}),
         json.dumps({**INTERRUPTION, "detail": {"instance-id": "../../nodes/worker-1"}}),
         json.dumps({**INTERRUPTION, "time": "2026-11-22T20:00:00"}),
+        json.dumps({**TERMINATING, "detail": {**TERMINATING["detail"], "LifecycleActionToken": "x"}}),  # type: ignore[dict-item]  # as below
         json.dumps({**TERMINATING, "detail": {**TERMINATING["detail"], "LifecycleHookName": None}}),  # type: ignore[dict-item]  # AWS never does
         json.dumps(
             {

@@ -36,7 +36,7 @@ class Scene:
             site="aws",
             region="eu-central-1",
             groups=["g"],
-            limits=Limits(),
+            limits=Limits(rounds=3),
             clock=lambda: float(next(ticks)),
             registry=self.registry,
         )

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from workloads.contract.http import PSEUDONYM_PATTERN
-from workloads.privacy.pseudonym import KeyFileError, PseudonymKey, key_path
+from workloads.privacy.pseudonym import KeyFileError, PseudonymKey, destroy_key, key_path
 from workloads.privacy.vault import Epochs, MemoryVault, SqliteVault, Vault, VaultError
 
 
@@ -226,6 +226,55 @@ def test_the_retired_key_is_destroyed_and_its_names_cannot_be_made_again(path: P
     assert [file.name for file in vault.keys.iterdir()] == ["pseudonym-2.key"]
     with pytest.raises(KeyFileError, match="no such key"):
         vault.renamed(1, 2)
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("destroyed", [False, True])
+def test_a_kill_while_a_key_is_destroyed_leaves_a_vault_that_opens_and_ends_it(
+    destroyed: bool,  # noqa: FBT001 - a parameter of the test
+    path: Path,
+    vault: SqliteVault,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    vault.admit(["ada"])
+    vault.begin()
+    vault.switch()
+
+    def dies(key: Path) -> bool:
+        if destroyed:
+            destroy_key(key)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("workloads.privacy.vault.destroy_key", dies)
+        with pytest.raises(Killed):
+            vault.retire()
+    other = SqliteVault(path)  # as a gateway that is started again
+    assert other.epochs() == Epochs(current=2)
+    assert [file.name for file in vault.keys.iterdir()] == ["pseudonym-2.key"]
+    erasure = other.forget("ada")
+    assert erasure is not None
+    assert len(erasure.pseudonyms) == 1
+    assert other.begin() == Epochs(current=2, next=3)
+    other.switch()
+    assert other.retire() == Epochs(current=3)
+    other.close()
+
+
+def test_when_names_changed_is_known_and_not_when_their_key_was_made(path: Path):
+    moments = iter([1_000, 2_000, 3_000])
+    vault = SqliteVault(path, create=True, clock=lambda: next(moments))
+    assert vault.switched_ms is None
+    vault.begin()
+    assert vault.switched_ms is None
+    vault.switch()
+    assert vault.switched_ms == 1_000
+    vault.switch()  # nothing to switch to
+    assert vault.switched_ms == 1_000
+    vault.close()
 
 
 def test_a_second_rotation_waits_for_the_end_of_the_first(vault: SqliteVault):

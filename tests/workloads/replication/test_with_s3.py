@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import os
 import random
 import secrets
@@ -84,10 +85,17 @@ def client(aws: str) -> S3Client:  # noqa: ARG001 - it is configured by then
 
 @pytest.fixture
 def bucket(client: S3Client) -> str:
-    """Versioned, as the foundation's is."""
+    """Versioned and under a key of its own, as the foundation's is."""
     name = f"replication-{uuid.uuid4().hex[:12]}"
     client.create_bucket(Bucket=name, CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
     client.put_bucket_versioning(Bucket=name, VersioningConfiguration={"Status": "Enabled"})
+    key = boto3.client("kms").create_key()["KeyMetadata"]["Arn"]
+    client.put_bucket_encryption(
+        Bucket=name,
+        ServerSideEncryptionConfiguration={
+            "Rules": [{"ApplyServerSideEncryptionByDefault": {"SSEAlgorithm": "aws:kms", "KMSMasterKeyID": key}}]
+        },
+    )
     return name
 
 
@@ -134,6 +142,22 @@ def test_a_data_set_goes_to_the_bucket_and_comes_back(
     line = last_line(capsys.readouterr().out)
     assert isinstance(line, FaultLine)
     assert "push it" in line.remedy
+
+
+def test_a_bucket_that_ssm_names_gets_every_object_under_its_key(
+    shop: Shop, bucket: str, client: S3Client, capsys: pytest.CaptureFixture[str]
+):
+    name = f"/rankbridge/{uuid.uuid4().hex[:8]}/buckets"
+    boto3.client("ssm").put_parameter(Name=name, Value=json.dumps({"data": bucket}), Type="String")
+    assert main(push_command(shop, f"ssm:{name}#data")) == 0
+    capsys.readouterr()
+    (rule,) = client.get_bucket_encryption(Bucket=bucket)["ServerSideEncryptionConfiguration"]["Rules"]
+    key = rule["ApplyServerSideEncryptionByDefault"]["KMSMasterKeyID"]
+    objects = [client.head_object(Bucket=bucket, Key=one.key) for one in S3Objects(bucket).list("")]
+    assert objects
+    assert {(one["ServerSideEncryption"], one["SSEKMSKeyId"]) for one in objects} == {("aws:kms", key)}
+    audit = (shop.home / "onprem" / "audit.jsonl").read_text(encoding="utf-8")
+    assert f'"bucket":"{bucket}"' in audit  # where it is, and not how it was found
 
 
 @pytest.mark.parametrize(
