@@ -406,15 +406,8 @@ class Rehearsal:
             yield
 
 
-_AT: Final[Mapping[str, SiteName]] = {
-    "workloads.data": HOME.name,
-    "workloads.lake": HOME.name,
-    "workloads.replication": HOME.name,
-    "workloads.training": AWS.name,
-    "workloads.export": AWS.name,
-    "workloads.delta": AWS.name,
-}
-"""Where each job runs: what it reads from elsewhere crosses the VPN, where there is one."""
+_IN_THE_CLOUD: Final = frozenset({"workloads.training", "workloads.export", "workloads.delta"})
+"""Jobs that run at aws. What one of home reads there crosses the VPN, where there is one, and the other way round."""
 
 
 class LocalHands:
@@ -470,6 +463,7 @@ class LocalHands:
 
     def job(self, module: str, arguments: Sequence[str], log: Path, *, append: bool) -> ResultLine:
         """See Hands."""
+        site = AWS if module in _IN_THE_CLOUD else HOME
         with jobs.viewing(self._console) as view:
             return jobs.run(
                 module,
@@ -479,7 +473,7 @@ class LocalHands:
                 root=self._layout.root,
                 append=append,
                 environment=self._environment,
-                entry=self._places.entries.get(_AT[module], ()),
+                entry=self._places.entries.get(site.name, ()),
             )
 
     def newest_bundle(self) -> Path:
