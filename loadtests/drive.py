@@ -47,10 +47,11 @@ class Drive(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     warmup_s: float = 0.0
     timeout_s: Seconds = 2.0
     """After so long a request is given up: nobody waits for a shop longer."""
-    connections: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 256
-    """To each gateway, at the most; a request that finds none free waits for one, and the wait counts."""
+    connections: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 2048
+    """To each gateway, at the most. Shoppers do not queue for each other's connections: a bound that is reached costs
+    requests their time, so it is far above what a gateway that answers in time has open."""
     deadlines: dict[str, float] = msgspec.field(default_factory=lambda: dict(HASTE))
-    """`Rankbridge-Deadline-Ms` by endpoint."""
+    """By endpoint; `Rankbridge-Deadline-Ms` says what is left of it when the request is really sent."""
     priorities: dict[Priority, float] = {}
     """Weights of priorities; none sends no header."""
     tenants: dict[str, float] = {}

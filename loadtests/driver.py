@@ -33,6 +33,7 @@ from loadtests.drive import Aim, Drive
 from loadtests.samples import RunHeader, Sample, SampleFile, Target, write_whole
 from workloads.contract.http import (
     DEADLINE_HEADER,
+    DEADLINE_MIN_MS,
     PATH_READY,
     PATH_SAMPLE,
     PRIORITY_HEADER,
@@ -59,6 +60,7 @@ _FETCH_S: Final = 10.0
 _BURST: Final = 64
 """Requests sent in one turn of the loop at the most: a generator that is behind still reads answers between them."""
 
+_DEADLINE: Final = DEADLINE_HEADER.lower().encode()
 _T = TypeVar("_T")
 
 
@@ -77,17 +79,32 @@ class DriveError(Exception):
 class Shot:
     """One request from the moment it is due until it has its outcome."""
 
-    __slots__ = ("aim", "at_s", "body", "connection", "done", "due", "endpoint", "ids", "priority", "sent", "size")
+    __slots__ = (
+        *("aim", "at_s", "body", "connection", "deadline_ms", "done", "due", "endpoint", "fired", "head"),
+        *("ids", "priority", "sent", "size"),
+    )
 
     def __init__(self, aim: Target, endpoint: str, at_s: float, due: float) -> None:
         self.aim, self.endpoint, self.at_s, self.due = aim, endpoint, at_s, due
-        self.body: tuple[bytes, bytes] = (b"", b"")
+        self.head = b""
+        self.body = b""
+        self.deadline_ms: float | None = None
+        self.fired = due
         self.size = K
         self.ids: tuple[str, ...] = ()
         self.priority: str | None = None
         self.sent: float | None = None
         self.connection: _Connection | None = None
         self.done = False
+
+    def message(self, now: float) -> tuple[bytes, bytes] | None:
+        """What to send now. A wait for a connection is taken off its deadline; None when nothing is left of that."""
+        if self.deadline_ms is None:
+            return b"%bcontent-length: %d\r\n\r\n" % (self.head, len(self.body)), self.body
+        left = self.deadline_ms - (now - self.fired) * 1000
+        if left < DEADLINE_MIN_MS:
+            return None
+        return b"%b%b: %.1f\r\ncontent-length: %d\r\n\r\n" % (self.head, _DEADLINE, left, len(self.body)), self.body
 
 
 class Ammunition:
@@ -177,8 +194,12 @@ class Connections:
     def fire(self, shot: Shot) -> None:
         """Send it now, or as soon as a connection is there."""
         while self._idle:
-            if self._idle.pop().send(shot):
+            if self._idle[-1].send(shot):
+                self._idle.pop()
                 return
+            if shot.done:
+                return
+            self._idle.pop()
         self._waiting.append(shot)
         self._dial()
 
@@ -186,10 +207,13 @@ class Connections:
         """A connection has its answer and takes the next in line, or waits for one."""
         while self._waiting:
             shot = self._waiting.popleft()
-            if not shot.done:
-                if not connection.send(shot):
-                    self._waiting.appendleft(shot)
-                    self._dial()
+            if shot.done:
+                continue
+            if connection.send(shot):
+                return
+            if not shot.done:  # the connection is no more
+                self._waiting.appendleft(shot)
+                self._dial()
                 return
         self._idle.append(connection)
 
@@ -266,14 +290,19 @@ class _Connection(asyncio.Protocol):
         self._body: list[bytes] = []
 
     def send(self, shot: Shot) -> bool:
-        """Begin the exchange; False when this connection is no more."""
+        """Begin the exchange; False when this connection is no more, or when it is too late to ask (`shot.done`)."""
         if self._transport is None or self._transport.is_closing():
+            return False
+        now = time.monotonic()
+        message = shot.message(now)
+        if message is None:
+            self._pool.broke(shot, UNSENT)
             return False
         self._shot = shot
         self._body = []
         shot.connection = self
-        shot.sent = time.monotonic()
-        self._transport.writelines(shot.body)
+        shot.sent = now
+        self._transport.writelines(message)
         return True
 
     def abort(self) -> None:
@@ -369,9 +398,10 @@ class Driver:
         if drive.priorities:
             shot.priority = self._one_of(list(drive.priorities), list(drive.priorities.values()))
         tenant = self._one_of(list(drive.tenants), list(drive.tenants.values())) if drive.tenants else None
-        body = self._ammunition[number].load(shot)
-        head = self._head(number, shot.endpoint, shot.priority, tenant)
-        shot.body = (b"%b%d\r\n\r\n" % (head, len(body)), body)
+        shot.body = self._ammunition[number].load(shot)
+        shot.head = self._head(number, shot.endpoint, shot.priority, tenant)
+        shot.deadline_ms = drive.deadlines.get(shot.endpoint)
+        shot.fired = time.monotonic()  # what the generator is late by is the generator's, and counts all the same
         self._record.open += 1
         self._outstanding.append(shot)
         self._pools[number].fire(shot)
@@ -380,21 +410,19 @@ class Driver:
         return values[0] if len(values) == 1 else self._rng.choices(values, weights)[0]
 
     def _head(self, number: int, endpoint: str, priority: str | None, tenant: str | None) -> bytes:
-        """Everything before the length of the body."""
+        """Everything before deadline and length of the body."""
         found = self._heads.get((number, endpoint, priority, tenant))
         if found is not None:
             return found
         pool = self._pools[number]
-        deadline = self._drive.deadlines.get(endpoint)
         lines = [
             f"POST {endpoint} HTTP/1.1",
             f"host: {pool.host}:{pool.port}",
             "content-type: application/json",
             "accept: application/json",
-            *([f"{DEADLINE_HEADER.lower()}: {deadline:g}"] if deadline is not None else []),
             *([f"{PRIORITY_HEADER.lower()}: {priority}"] if priority is not None else []),
             *([f"{TENANT_HEADER.lower()}: {tenant}"] if tenant is not None else []),
-            "content-length: ",
+            "",
         ]
         head = "\r\n".join(lines).encode("ascii")
         self._heads[number, endpoint, priority, tenant] = head

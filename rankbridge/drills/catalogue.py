@@ -327,7 +327,7 @@ FAULTS: Final[tuple[Fault, ...]] = (
             publish(what),
             (refuses_nobody(), late_at_most(0.05), refused_at(_HOME), refused_at(AWS.name.value)),
             load=Load(share=0.3, aws_share=0.25),
-            during_s=14.0,
+            during_s=40.0 if what is BadBundle.SLOW else 14.0,
             needs=(Need.CLOUD,),
         )
         for what, title, how in (

@@ -197,10 +197,10 @@ def says(reason: str) -> Expectation:
 
 
 def on_time_within(seconds: float) -> Expectation:
-    """So long after the fault begins, at the latest, each second has its late share within budget again."""
+    """So long after the fault begins, each second of it has its late share within budget again."""
 
     def check(seen: Evidence) -> Check:
-        after = windows.on_time_after_s(seen.samples, seen.fault_s, seen.seconds)
+        after = windows.on_time_after_s(seen.samples, seen.fault_s, seen.heal_s)
         return Check(
             what=f"late share of each second back under {windows.LATE_SHARE_MAX:.0%}",
             bound=f"<= {seconds:g} s after the fault begins",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +17,22 @@ import msgspec
 import pytest
 
 from loadtests.drive import READS, Aim, Drive, Leg
-from loadtests.driver import Begun
+from loadtests.driver import UNSENT, Begun
 from loadtests.ledger import Ledger, ledger
 from loadtests.samples import Run, read
 from loadtests.stub import Behaviour, StubGateway
 
 pytestmark = pytest.mark.real_parts
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def _listens(at: str) -> bool:
+    host, _, port = at.rpartition(":")
+    with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
+        return True
+    return False
 
 
 def run(folder: Path, drive: Drive) -> tuple[Run, Ledger]:
@@ -33,7 +45,7 @@ def run(folder: Path, drive: Drive) -> tuple[Run, Ledger]:
         capture_output=True,
         timeout=60,
         check=True,
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         env=os.environ | {"PYTHONWARNINGS": ""},
     )
     assert msgspec.json.decode(done.stdout, type=Begun).unix_s > 0
@@ -101,14 +113,39 @@ def test_who_hangs_costs_time_outs_and_no_answer_is_taken_for_anothers(tmp_path:
 
 
 def test_a_dead_gateway_breaks_connections_and_every_request_says_so(tmp_path: Path):
-    with StubGateway() as stub:
-        drive = a_drive(stub.url, seconds=3.0)
-        threading.Timer(1.8, stub._server.server_close).start()
-        threading.Timer(1.8, stub._server.shutdown).start()
-        _, sums = run(tmp_path, msgspec.structs.replace(drive, timeout_s=0.5))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        at = f"127.0.0.1:{probe.getsockname()[1]}"
+    drive = a_drive(f"http://{at}", seconds=3.0, timeout_s=0.5)
+    (tmp_path / "drive.json").write_bytes(msgspec.json.encode(drive))
+    words = [sys.executable, "-m", "loadtests.driver", str(tmp_path / "drive.json")]
+    with subprocess.Popen([sys.executable, "-m", "loadtests.stub", "--listen", at], cwd=ROOT) as stub:
+        while not _listens(at):
+            time.sleep(0.05)
+        with subprocess.Popen(
+            [*words, "--samples", str(tmp_path / "samples.jsonl")], cwd=ROOT, stdout=subprocess.PIPE
+        ) as driver:
+            assert driver.stdout is not None
+            driver.stdout.readline()
+            time.sleep(1.5)
+            stub.kill()
+            assert driver.wait(30) == 0
+    found = read(tmp_path / "samples.jsonl")
+    sums = ledger(found.samples, sent=300, stray=found.stray)
     assert sums.balances
     assert sums.ok > 0
-    assert sums.broken + sums.timed_out > 0
+    assert sums.broken > 0
+
+
+def test_who_finds_no_connection_in_time_does_not_ask_any_more(tmp_path: Path):
+    with StubGateway(Behaviour(hang=True)) as stub:
+        drive = a_drive(stub.url, seconds=1.0, timeout_s=0.4, connections=1)
+        found, sums = run(tmp_path, msgspec.structs.replace(drive, aims=[Aim(url=stub.url, mix=dict(READS))]))
+        posted = sum(count for path, count in stub.requests.items() if path in READS)
+    assert sums.balances
+    assert sums.timed_out == 100
+    assert posted < 10  # a hundred were due; each that got the connection held it until it was given up
+    assert any(one.error == UNSENT for one in found.samples)
 
 
 def test_a_refusal_keeps_its_type(tmp_path: Path):
@@ -150,7 +187,7 @@ def test_a_drive_that_cannot_begin_says_why(tmp_path: Path):
         text=True,
         timeout=60,
         check=False,
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
     )
     assert done.returncode == 2
     assert "no catalogue sample" in done.stderr
