@@ -222,8 +222,17 @@ def judged(fault: Fault, seen: Evidence, drive: Drive) -> Row:
         hedges=seen.hedges,
         checks=[expects(seen) for expects in (*always(), *fault.expects)],
         windows=windows.windows(seen.samples, start_s=0.0, end_s=drive.seconds),
-        notes=[f"{name}: {found}" for name, found in seen.facts.items()],
+        notes=[*_unwell(seen), *(f"{name}: {found}" for name, found in seen.facts.items())],
     )
+
+
+def _unwell(seen: Evidence) -> list[str]:
+    """What a reader must know of a drive whose beginning, with nothing wrong, was not within budget: it judges nothing."""
+    before = windows.between(seen.reads, 0.0, seen.fault_s)
+    late = sum(map(is_late, before))
+    if late <= windows.LATE_SHARE_MAX * len(before):
+        return []
+    return [f"{late} of {len(before)} reads were late before the fault began: the machine was busy with something else"]
 
 
 def said(row: Row) -> str:

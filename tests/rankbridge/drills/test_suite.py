@@ -211,6 +211,12 @@ def test_a_fault_that_cannot_be_healed_has_failed_and_the_others_are_made(events
     assert "does not come up" in page.render(found)
 
 
+def test_a_machine_that_was_late_before_the_fault_is_told_of_and_excuses_nothing(events: Path):
+    found = row(events, a_fault(late_at_most(0.001)), FakeDriver(lambda at: {"latency_ms": 150.0} if at < 6 else {}))
+    assert found.notes[0].startswith("500 of 500 reads were late before the fault")
+    assert found.passed is False
+
+
 def test_capacity_is_the_highest_rate_that_is_still_in_time(events: Path):
     class Saturating(FakeDriver):
         def __call__(self, drive: Drive, steps: Iterator[float], before_s: float, name: str) -> Driven:
