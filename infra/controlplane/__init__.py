@@ -200,8 +200,9 @@ class ControlPlane:
             if stage["metadata"]["name"] == "pod-ready" and self.pod_start_ms:
                 stage["spec"]["delay"] = {"durationMilliseconds": self.pod_start_ms}
         stages.append(yaml.safe_load(_READY_AGAIN))
-        path = self.home / "stages.yaml"
-        path.write_text(yaml.safe_dump_all(stages))
+        path, new = self.home / "stages.yaml", self.home / "stages.new"
+        new.write_text(yaml.safe_dump_all(stages))
+        new.replace(path)  # a KWOK that was started just before may be reading it
         return path
 
     def stop_part(self, name: str) -> None:

@@ -164,9 +164,12 @@ class Deployed:
         self.api.patch("apps/v1", workload["kind"], metadata["name"], metadata["namespace"], change)
 
     def is_settled(self) -> bool:
-        """Whether every workload has all the pods that it wants, ready and of its newest template."""
+        """Whether every workload in our namespaces has all the pods that it wants, ready and of its newest template."""
+        ours = {m["metadata"]["namespace"] for _, _, m in self.serving()}
         for kind in ("Deployment", "StatefulSet"):
             for found in self.api.find("apps/v1", kind):
+                if found["metadata"]["namespace"] not in ours:
+                    continue
                 status, wanted = found.get("status", {}), found["spec"].get("replicas", 1)
                 counts = [status.get(k, 0) for k in ("replicas", "readyReplicas", "updatedReplicas")]
                 if status.get("observedGeneration") != found["metadata"]["generation"] or counts != [wanted] * 3:
