@@ -227,7 +227,7 @@ def judged(fault: Fault, seen: Evidence, drive: Drive) -> Row:
 
 
 def _unwell(seen: Evidence) -> list[str]:
-    """What a reader must know of a drive whose beginning, with nothing wrong, was not within budget: it judges nothing."""
+    """What a reader must know of a drive that was not within budget before anything was done. It judges nothing."""
     before = windows.between(seen.reads, 0.0, seen.fault_s)
     late = sum(map(is_late, before))
     if late <= windows.LATE_SHARE_MAX * len(before):
