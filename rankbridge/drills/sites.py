@@ -105,7 +105,8 @@ class Sites:
         self._cloud: Cloud | None = None
         self._form: Form | None = None
         self._content_with_200 = False
-        self._serving = DrilledServing(layout, Supervisor(layout, say=say), dict(os.environ), self._as_it_runs)
+        supervisor = Supervisor(layout, prober=self._probe, say=say)
+        self._serving = DrilledServing(layout, supervisor, dict(os.environ), self._as_it_runs)
         self._plan: Plan | None = None
         self._facts: Facts | None = None
         self._good: Path = layout.bundles
@@ -291,7 +292,7 @@ class Sites:
         self._promote_unchecked(self._good)
 
     def restart(self, role: Role, site: SiteName) -> None:
-        """See Scene. What is ready answers 200: with the other site gone, a gateway misses it and is ready all the same."""
+        """See Scene. What is ready answers 200: a gateway that misses the other site is ready all the same."""
         self._serving.supervisor.stop(f"{site.value}-{role.value}")
         self._content_with_200 = True
         try:
