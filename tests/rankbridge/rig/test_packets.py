@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import random
 import struct
 from ipaddress import IPv4Address, IPv4Network
 
@@ -45,23 +45,25 @@ def esp(payload: bytes) -> bytes:
     return frame(ipv4(HOME, CLOUD, 17, udp((4500, 4500), struct.pack("!II", 0xC0FFEE, 7) + payload)))
 
 
+RANDOM = random.Random(1)
+"""The same bytes in every process that collects these tests."""
 INNER = ipv4("10.210.1.10", "10.220.1.10", 6, bytes(40))
 
 GOOD = [
     ("arp", arp(HOME, CLOUD)),
-    ("ike", frame(ipv4(HOME, CLOUD, 17, udp((500, 500), os.urandom(200))))),
-    ("ike", frame(ipv4(CLOUD, HOME, 17, udp((4500, 4500), bytes(4) + os.urandom(200))))),
+    ("ike", frame(ipv4(HOME, CLOUD, 17, udp((500, 500), RANDOM.randbytes(200))))),
+    ("ike", frame(ipv4(CLOUD, HOME, 17, udp((4500, 4500), bytes(4) + RANDOM.randbytes(200))))),
     ("keepalive", frame(ipv4(HOME, CLOUD, 17, udp((4500, 4500), b"\xff")))),
-    ("esp", esp(os.urandom(1400))),
-    ("icmp", frame(ipv4(CLOUD, HOME, 1, bytes(8) + ipv4(HOME, CLOUD, 17, udp((4500, 4500), os.urandom(8)))))),
+    ("esp", esp(RANDOM.randbytes(1400))),
+    ("icmp", frame(ipv4(CLOUD, HOME, 1, bytes(8) + ipv4(HOME, CLOUD, 17, udp((4500, 4500), RANDOM.randbytes(8)))))),
 ]
 
 BAD = [
     ("in clear", frame(INNER)),
-    ("in clear", frame(ipv4("10.210.1.10", CLOUD, 17, udp((4500, 4500), os.urandom(50))))),
+    ("in clear", frame(ipv4("10.210.1.10", CLOUD, 17, udp((4500, 4500), RANDOM.randbytes(50))))),
     ("in clear", arp("10.210.1.10", CLOUD)),
     ("inside esp, in clear", esp(INNER)),  # a null cipher
-    ("inside esp, in clear", esp(os.urandom(333) + INNER)),
+    ("inside esp, in clear", esp(RANDOM.randbytes(333) + INNER)),
     ("inside ike, in clear", frame(ipv4(HOME, CLOUD, 17, udp((500, 500), INNER)))),
     ("inside icmp, in clear", frame(ipv4(CLOUD, HOME, 1, bytes(8) + INNER))),
     ("IP protocol 4 ", frame(ipv4(HOME, CLOUD, 4, INNER))),
@@ -104,7 +106,7 @@ def test_a_wire_on_which_nothing_or_not_all_was_seen_is_not_clean():
     assert not watch.seen().clean
     watch.look(arp(HOME, CLOUD))
     assert not watch.seen().clean, "no ESP: there was nothing that could have been in clear"
-    watch.look(esp(os.urandom(99)))
+    watch.look(esp(RANDOM.randbytes(99)))
     assert watch.seen().clean
     assert not watch.seen(missed=1).clean
     watch.look(frame(INNER))
