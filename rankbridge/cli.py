@@ -317,6 +317,9 @@ def faults_command(
     out: OutOption = Path("out"),
     port: PortOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of requests and of moments of chance.")] = 1,
+    counts_only: Annotated[
+        bool, typer.Option("--counts-only", help="Show times and judge only what was counted: for a busy machine.")
+    ] = False,
 ) -> None:
     """Plant faults under constant load, one after another, and judge each: nothing lost, nothing wrong, in time.
 
@@ -335,6 +338,7 @@ def faults_command(
         real_tunnels=real_tunnels,
         ports=port or (),
         seed=seed,
+        counts_only=counts_only,
         console=_out,
     )
     raise typer.Exit(ExitCode.OK if passed else ExitCode.VERDICT_FAILED)

@@ -155,6 +155,7 @@ def late_at_most(share: float, *, of_at_least: int = 100, at: str | None = None)
             bound=f"<= {share:.1%} of >= {of_at_least:,} requests",
             measured=f"{late} of {len(asked):,} ({late / max(1, len(asked)):.2%})",
             held=len(seen.samples) >= of_at_least and bool(asked) and late <= share * len(asked),
+            timed=True,
         )
 
     return check
@@ -175,6 +176,7 @@ def answers_at_rung(rung: Rung, *, at: str | None = None, share: float = 1.0) ->
             bound=f">= {share:.0%} of answers",
             measured=f"{len(found) - below} of {len(found)}",
             held=bool(found) and len(found) - below >= share * len(found),
+            timed=True,
         )
 
     return check
@@ -206,6 +208,7 @@ def on_time_within(seconds: float) -> Expectation:
             bound=f"<= {seconds:g} s after the fault begins",
             measured="never" if after is None else f"{after:.0f} s",
             held=after is not None and after <= seconds,
+            timed=True,
         )
 
     return check
@@ -221,6 +224,7 @@ def recovers_within(seconds: float) -> Expectation:
             bound=f"<= {seconds:g} s after healing",
             measured="never" if after is None else f"{after:.2f} s",
             held=after is not None and after <= seconds,
+            timed=True,
         )
 
     return check
@@ -236,6 +240,7 @@ def hedges_at_most(share: float = HEDGE_SHARE_MAX) -> Expectation:
             bound=f"<= {share:.0%} of ranked answers",
             measured="the gateway counts none" if hedged is None else f"{seen.hedges:.0f} ({hedged:.1%})",
             held=hedged is not None and hedged <= share,
+            timed=True,
         )
 
     return check
@@ -251,6 +256,7 @@ def goodput_at_least(share: float, start_s: float, end_s: float) -> Expectation:
             bound=f">= {share:.0%} of {seen.peak_per_s:.0f}/s",
             measured=f"{good:.0f}/s ({good / seen.peak_per_s:.0%})" if seen.peak_per_s else f"{good:.0f}/s",
             held=bool(seen.peak_per_s) and good >= share * seen.peak_per_s,
+            timed=True,
         )
 
     return check
@@ -272,7 +278,9 @@ def fact_within(name: str, seconds: float) -> Expectation:
     def check(seen: Evidence) -> Check:
         found = seen.facts.get(name, "not looked at")
         held = found.replace(".", "", 1).isdecimal() and float(found) <= seconds
-        return Check(what=name, bound=f"<= {seconds:g} s", measured=f"{found} s" if held else found, held=held)
+        return Check(
+            what=name, bound=f"<= {seconds:g} s", measured=f"{found} s" if held else found, held=held, timed=True
+        )
 
     return check
 

@@ -247,6 +247,17 @@ def test_a_suite_is_written_shown_and_drawn(events: Path, tmp_path: Path):
     assert len(checks_table(found).rows) == 1
 
 
+@pytest.mark.parametrize(("acknowledged", "counted"), [((), True), (("never stored",), False)])
+def test_a_slow_machine_fails_the_times_and_never_what_was_counted(
+    events: Path, acknowledged: tuple[str, ...], *, counted: bool
+):
+    slow = FakeDriver(lambda _: {"latency_ms": 150.0}, acknowledged=acknowledged)
+    faults = [a_fault(late_at_most(0.001), refuses_nobody())]
+    found = FaultSuite(FakeGround(events), slow, say=lambda _: None).run(faults, lambda _: None)
+    assert not found.passed
+    assert found.counted is counted
+
+
 def test_a_suite_in_which_nothing_was_made_has_not_passed(events: Path):
     found = FaultSuite(FakeGround(events), FakeDriver(well), say=lambda _: None).run(chosen(["F4"]), lambda _: None)
     assert not found.passed
