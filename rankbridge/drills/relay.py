@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 
 from rankbridge.link import Direction, Shape
 
-MOVES_AFTER_S: Final = 12.7
+MOVES_AFTER_S: Final = 8.1
 """A tunnel that is cut loses its route after this: what BGP with timers of 3 and 9 s took in a real rig."""
 _CHUNK: Final = 16 * 1024
 _WAITING_MAX: Final = 64
