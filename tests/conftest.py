@@ -25,3 +25,8 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulator]:
         yield started
     finally:
         started.stop()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Trainings first: with two workers the longest files must not be the last ones."""
+    items.sort(key=lambda item: not {"training", "export"} & set(item.path.parts))
