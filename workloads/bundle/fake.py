@@ -208,7 +208,6 @@ def _write_models(source: Path, vectors: Array, category: Array, random: np.rand
     for name, weight in (("ann_score", 2.0), ("popularity", 1.0), ("item_to_item", 0.5), ("times_touched", 0.2)):
         if name in RANKER_DENSE:
             dense_weight[RANKER_DENSE.index(name)] = weight
-    item_bias = (0.1 * random.normal(size=(items + 1, 1))).astype(np.float32)
     weight_scale = np.abs(dense_weight).max() / _STEPS
     constants: dict[Signature, dict[str, Array]] = {
         USER_TOWER: {
@@ -237,21 +236,19 @@ def _write_models(source: Path, vectors: Array, category: Array, random: np.rand
             "last": np.array([-1], np.int64),
         },
         RANKER: {
-            "item_bias": item_bias,
+            "item_bias": (0.1 * random.normal(size=(items + 1, 1))).astype(np.float32),
             "first": np.array(0, np.int64),
             "dense_weight": dense_weight,
             "offset": np.array([-2.0], np.float32),
         },
-        STUDENT: {
-            "item_bias": item_bias,
-            "first": np.array(0, np.int64),
-            "dense_scale": np.array(_REACH / 128, np.float32),
-            "dense_zero": np.array(128, np.uint8),
-            "weight_narrow": np.round(dense_weight / weight_scale).astype(np.int8),
-            "weight_scale": np.array(weight_scale, np.float32),
-            "weight_zero": np.array(0, np.int8),
-            "offset": np.array([-2.0], np.float32),
-        },
+    }
+    constants[STUDENT] = {
+        **{name: constants[RANKER][name] for name in ("item_bias", "first", "offset")},
+        "dense_scale": np.array(_REACH / 128, np.float32),
+        "dense_zero": np.array(128, np.uint8),
+        "weight_narrow": np.round(dense_weight / weight_scale).astype(np.int8),
+        "weight_scale": np.array(weight_scale, np.float32),
+        "weight_zero": np.array(0, np.int8),
     }
     for signature, values in constants.items():
         _save_model(source / f"{signature.role}.onnx", signature, _NODES[signature.role], values)
