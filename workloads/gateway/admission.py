@@ -52,6 +52,15 @@ class AdmissionPolicy:
         default_factory=lambda: {Priority.LOW: 0.7, Priority.NORMAL: 0.9, Priority.HIGH: 1.0}
     )
     """Share of the limit that requests of a priority may fill."""
+    refusing: float = 0.1
+    """Share of those who came lately that were turned away, from which on it is overloaded and not just full once."""
+    refusing_s: float = 0.5
+    """And so long ago, at the most, was the last of them."""
+    at_once: int = 48
+    """Let in between two turns at the most: a few tens of milliseconds of work from the tables."""
+    at_once_refusing: int = 16
+    """The same while it is overloaded: whoever is let in waits for all that is let in and turned away with it, and as
+    many more come in with the next turn anyway."""
     crowded: float = 0.85
     """Share of a priority's places from which on tenants are held to their shares."""
     retry_after_max_s: int = 30
@@ -91,8 +100,12 @@ class Admission:
         self._took_ms = 0.0
         self._fullest = 0
         self._by_tenant: dict[str, int] = {}
+        self._coming = 0
+        self._coming_by_tenant: dict[str, int] = {}
         self._turned = 0.0
         """Share of the last hundred requests or so that were turned away."""
+        self._turned_s = -math.inf
+        """When the last of them was."""
         self.in_flight = 0
         self.shed: dict[tuple[ShedReason, Priority], int] = {}
 
@@ -107,18 +120,52 @@ class Admission:
         `waited_s`: how long the request lay before anybody looked at it, as the event loop's lag says. It is
         part of what its answer took; without it, an overloaded loop looks half as slow as it is.
         """
-        places = max(1.0, self._limit * self._policy.places[priority])
-        if self.in_flight >= places:
-            return self._turned_away(ShedReason.OVERLOADED, priority)
         mine = self._by_tenant.get(tenant, 0)
-        if self.in_flight >= places * self._policy.crowded:
-            others = len(self._by_tenant) + (0 if mine else 1)
-            if mine >= max(1.0, places / others):
-                return self._turned_away(ShedReason.TENANT_SHARE, priority)
+        reason = self._why_not(priority, self._limit, self.in_flight, mine, len(self._by_tenant))
+        if reason is not None:
+            return self._turned_away(reason, priority, now_s)
         self._by_tenant[tenant] = mine + 1
         self.in_flight += 1
         self._turned *= 0.99
         return Admitted(tenant, now_s - waited_s, self.in_flight)
+
+    def let_in(self, priority: Priority, tenant: str, now_s: float) -> Shed | None:
+        """Why a request may not come as far as `admit`, before any work for it; None lets it come. O(1).
+
+        Of those let in since the last `turn` there are places for so many, too, and shared out alike: a server reads
+        from a thousand connections before it works on any of them, and would promise each of them the same place.
+        """
+        mine, tenants = self._by_tenant.get(tenant, 0), len(self._by_tenant)
+        coming, among = self._coming_by_tenant.get(tenant, 0), len(self._coming_by_tenant)
+        at_once = self._policy.at_once_refusing if self.refusing(now_s) else self._policy.at_once
+        reason = self._why_not(priority, self._limit, self.in_flight, mine, tenants) or self._why_not(
+            priority, at_once, self._coming, coming, among
+        )
+        if reason is not None:
+            return self._turned_away(reason, priority, now_s)
+        self._turned *= 0.99
+        self._coming += 1
+        self._coming_by_tenant[tenant] = coming + 1
+        return None
+
+    def turn(self) -> None:
+        """Work begins on those let in so far; each asks for its own place now."""
+        self._coming = 0
+        self._coming_by_tenant.clear()
+
+    def refusing(self, now_s: float) -> bool:
+        """Whether many are turned away just now: what is done for one of the others is then not done for someone."""
+        return self._turned >= self._policy.refusing and now_s - self._turned_s < self._policy.refusing_s
+
+    def _why_not(self, priority: Priority, limit: float, inside: int, mine: int, tenants: int) -> ShedReason | None:
+        """With so many inside of at most so many, so many of them of the same tenant, and so many tenants."""
+        places = max(1.0, limit * self._policy.places[priority])
+        if inside >= places:
+            return ShedReason.OVERLOADED
+        share = max(1.0, places / (tenants + (0 if mine else 1)))
+        if inside >= places * self._policy.crowded and mine >= share:
+            return ShedReason.TENANT_SHARE
+        return None
 
     def done(self, admitted: Admitted, now_s: float, *, learn: bool = True) -> None:
         """The request has ended; told twice is told once.
@@ -154,7 +201,8 @@ class Admission:
             self._limit = min(max(limit, policy.least), policy.most)
         self._window_s, self._ended, self._took_ms, self._fullest = now_s, 0, 0.0, 0
 
-    def _turned_away(self, reason: ShedReason, priority: Priority) -> Shed:
+    def _turned_away(self, reason: ShedReason, priority: Priority, now_s: float) -> Shed:
+        self._turned_s = now_s
         self.shed[reason, priority] = self.shed.get((reason, priority), 0) + 1
         self._turned += 0.01 * (1.0 - self._turned)
         # What comes per request that is served says how long the queue of all would be; chance parts who came together.

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import random
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from http import HTTPStatus
 from importlib import metadata
 from typing import Any, Final, NamedTuple
@@ -208,6 +208,10 @@ class Gateway:
             Endpoint.EVENTS.value: (Endpoint.EVENTS, self._events),
         }
         self._events_in_flight = 0
+        self._gated = {path.encode("ascii"): path for path in self._posts}
+        self._turning = False
+        self._turn_s: float | None = None
+        """When the loop began with the requests that it read last; None once it is past them."""
         self._gets: dict[str, Callable[[Scope], Awaitable[Response]]] = {
             PATH_SAMPLE: self._sample,
             PATH_HEALTH: self._health,
@@ -223,6 +227,47 @@ class Gateway:
             await self._http(scope, receive, send)
         elif scope["type"] == "lifespan":
             await self._lifespan(receive, send)
+
+    def gate(self, method: bytes, target: bytes, headers: Sequence[Header]) -> bytes | None:
+        """See `telemetry.wire.Gate`. What cannot be judged by headers alone is let in."""
+        path = self._gated.get(target)
+        if path is None or method != b"POST":
+            return None
+        given = dict(headers)
+        try:
+            aside = _aside(given)
+        except Refused:
+            return None
+        if not self._turning:
+            # Whoever is let in is begun before the loop reads again, and this runs before they do.
+            self._turning = True
+            asyncio.get_running_loop().call_soon(self._turn)
+        admission, now_s = self._admission, self._clock.now_s()
+        # Events have places of their own, but the same loop serves them: they come in by turns where others do not.
+        if path == Endpoint.EVENTS.value and not admission.refusing(now_s):
+            return None
+        shed = admission.let_in(aside.priority, aside.tenant, now_s)
+        if shed is None:
+            return None
+        self._routes.shed(shed.reason.value, aside.priority.value)
+        self._metrics.response(path, shed.status)
+        before, after = _refusal_on_wire(shed.reason, shed.retry_after_s)
+        return b"%b%b%b" % (before, _request_id(given).encode("ascii"), after)
+
+    def _turn(self) -> None:
+        """The loop has read what there was and begins to work on it."""
+        self._turning = False
+        self._admission.turn()
+        self._turn_s = self._clock.now_s()
+        asyncio.get_running_loop().call_soon(self._turned)
+
+    def _turned(self) -> None:
+        if not self._turning:
+            self._turn_s = None
+
+    def _waited_s(self, now_s: float) -> float:
+        """How long a request lay that is looked at now: in the socket, while the loop was behind, and then in line."""
+        return self._lag.lag_s + (0.0 if self._turn_s is None else now_s - self._turn_s)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -296,6 +341,7 @@ class Gateway:
         if endpoint is Endpoint.EVENTS:
             return await self._events_post(deadline_ms, request_id, await _body(headers, receive))
         admission, now_s = self._admission, self._clock.now_s
+        waited_s = self._waited_s(now_s())
         if self._crowded(STUDENT_FROM):
             # Before the body is read: what is turned away should cost nothing. The place is not kept until the body is
             # in, for who sends slowly takes none from those who are being served.
@@ -304,11 +350,11 @@ class Gateway:
                 return self._turned_away(place, aside.priority)
             admission.done(place, now_s(), learn=False)
         body = await _body(headers, receive)
-        place = admission.admit(aside.priority, aside.tenant, now_s(), self._lag.lag_s)
+        place = admission.admit(aside.priority, aside.tenant, now_s(), waited_s)
         if isinstance(place, Shed):
             return self._turned_away(place, aside.priority)
         serving, wish = self._editions.current, self._bearable(place, aside.wish)
-        call = Call(endpoint, request_id, Timer(self._clock, deadline_ms), body, serving, wish)
+        call = Call(endpoint, request_id, Timer(self._clock, deadline_ms - 1000.0 * waited_s), body, serving, wish)
         learn = False
         try:
             with self._metrics.in_flight(path), self._editions.on(serving):
@@ -339,9 +385,12 @@ class Gateway:
         """The rung that there is room for: before anybody is refused, all are answered from lower ones."""
         before = place.in_flight - 1
         limit = self._admission.limit
-        if before < STUDENT_FROM * limit:
+        if self._admission.refusing(place.began_s):
+            lowered = _TO_TABLES  # the student's time is the loop's, too
+        elif before < STUDENT_FROM * limit:
             return wish
-        lowered = _TO_STUDENT if before < TABLES_FROM * limit else _TO_TABLES
+        else:
+            lowered = _TO_STUDENT if before < TABLES_FROM * limit else _TO_TABLES
         return max(wish, lowered, key=_rung_of)
 
     def _turned_away(self, shed: Shed, priority: Priority) -> Response:
@@ -585,6 +634,16 @@ def _refusal(reason: ShedReason, retry_after_s: int) -> Response:
     if reason is ShedReason.TENANT_SHARE:
         return _problem(problems.over_share(retry_after_s))
     return _problem(problems.overloaded(retry_after_s))
+
+
+@functools.cache
+def _refusal_on_wire(reason: ShedReason, retry_after_s: int) -> tuple[bytes, bytes]:
+    """The same as it travels: what comes before the request's id, and what after it."""
+    response = _refusal(reason, retry_after_s)
+    lines = [b"HTTP/1.1 %d %b" % (response.status, HTTPStatus(response.status).phrase.encode("ascii"))]
+    headers = (*response.headers, (b"content-length", b"%d" % len(response.body)), (_REQUEST_ID, b""))
+    lines += [b"%b: %b" % header for header in headers]
+    return b"\r\n".join(lines), b"\r\n\r\n" + response.body
 
 
 def _check_media_type(headers: Mapping[bytes, bytes]) -> None:

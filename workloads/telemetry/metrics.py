@@ -138,6 +138,7 @@ class RouteMetrics:
             registry=registry,
             buckets=_BUCKETS_S,
         )
+        self._shed_children: dict[tuple[str, str], Counter] = {}
         self._choice_children: dict[tuple[str, int, str], Counter] = {}
         self._call_children: dict[tuple[str, int], Histogram] = {}
 
@@ -168,7 +169,10 @@ class RouteMetrics:
 
     def shed(self, reason: str, priority: str) -> None:
         """A request was turned away."""
-        self._sheds.labels(reason, priority).inc()
+        child = self._shed_children.get((reason, priority))
+        if child is None:
+            child = self._shed_children[reason, priority] = self._sheds.labels(reason, priority)
+        child.inc()
 
     def mismatch(self, met: str) -> None:
         """Something of another edition was refused; `met` is who sent it, a fixed word."""

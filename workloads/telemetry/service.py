@@ -8,6 +8,7 @@ refusal, and the uvicorn process around it. It knows no route's meaning, and not
 from __future__ import annotations
 
 import contextlib
+import functools
 import ipaddress
 import os
 import re
@@ -33,7 +34,7 @@ from workloads.contract.http import (
 )
 from workloads.telemetry import log
 from workloads.telemetry.metrics import StageMetrics, render
-from workloads.telemetry.wire import Wire
+from workloads.telemetry.wire import Gated, Wire
 
 JSON: Final = "application/json"
 MSGPACK: Final = "application/msgpack"
@@ -43,6 +44,10 @@ STOP_WITHIN_S: Final = 3
 """Seconds that answers under way have to finish after SIGTERM; the whole stop stays below five."""
 KEEP_ALIVE_S: Final = 75
 """Longer than a client's pool keeps an idle connection, so that it is never us who close under a request."""
+
+ACCEPTED_AT_ONCE: Final = 16
+"""Connections taken in one turn of the loop, which takes one from each socket that it listens at: with one socket a
+loop whose turns are long takes so few that callers wait for seconds behind each other before anybody reads a byte."""
 
 LISTEN_VARIABLE: Final = "RANKBRIDGE_LISTEN"
 LISTEN_ANYWHERE: Final = "anywhere"
@@ -346,8 +351,8 @@ def listen(address: str, *, anywhere: bool = False) -> socket.socket:
 def run(role: str, site: str, address: str, build: Callable[[], Application]) -> int:
     """Be this server until SIGTERM or SIGINT; the exit code: 0 stopped when asked, 2 could not start.
 
-    `build` loads what is served, a Service or any ASGI application; it and the service's `start` may raise
-    CannotStartError.
+    `build` loads what is served, a Service or any ASGI application, which may be `wire.Gated`; it and the service's
+    `start` may raise CannotStartError.
     """
     log.configure(role, site)
     with _stop_while_starting():
@@ -359,7 +364,7 @@ def run(role: str, site: str, address: str, build: Callable[[], Application]) ->
                 config = uvicorn.Config(
                     service,
                     loop="uvloop",
-                    http=Wire,
+                    http=_wire(service),  # type: ignore[arg-type]  # it is called, and never asked what it is
                     ws="none",
                     lifespan="on",
                     log_config=None,
@@ -374,7 +379,7 @@ def run(role: str, site: str, address: str, build: Callable[[], Application]) ->
                 )
                 _logger.info("starting", address=f"{host}:{port}")
                 try:
-                    _Server(config).run(sockets=[bound])
+                    _Server(config).run(sockets=[bound, *(bound.dup() for _ in range(ACCEPTED_AT_ONCE - 1))])
                 except SystemExit as end:  # how uvicorn says that the service's start failed
                     return 2 if end.code == STARTUP_FAILURE else 0
         except CannotStartError as error:
@@ -382,6 +387,11 @@ def run(role: str, site: str, address: str, build: Callable[[], Application]) ->
             return 2
     _logger.info("stopped")
     return 0
+
+
+def _wire(service: object) -> Callable[..., Wire]:
+    """The protocol before it; uvicorn calls it for every connection."""
+    return functools.partial(Wire, gate=service.gate) if isinstance(service, Gated) else Wire
 
 
 class _Server(uvicorn.Server):

@@ -2,8 +2,10 @@
 
 uvicorn's protocol on httptools limits neither the size of a request's head nor the time in which a request must come:
 a single connection could fill the memory, and slow ones would hold their places for ever. This one counts and waits
-before anything reaches an application, and what is no HTTP is told in the same form as every other fault (RFC 9457). It
-knows no path and reads no body.
+before anything reaches an application, and what is no HTTP is told in the same form as every other fault (RFC 9457). An
+application with a gate is asked there first: a refusal that is one write, and not a task with a scope, a body and two
+sends, is what lets a server that is asked for ten times what it can do keep its time for what it can. It knows no path
+and reads no body.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import resource
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Protocol, runtime_checkable
 
 import httptools
 import msgspec
@@ -38,6 +41,20 @@ PLACES_MAX: Final = 4096
 """Connections at once; beyond it, the one that has waited longest without asking anything makes room."""
 FILES_KEPT: Final = 200
 """Of the files that the system lets a process open, those that are not for callers."""
+
+
+Gate = Callable[[bytes, bytes, Sequence[tuple[bytes, bytes]]], bytes | None]
+"""Method, target and headers (names in lower case) of a request, in microseconds: a whole response that keeps the
+connection, or None to let it in. Its body may not have come."""
+
+
+@runtime_checkable
+class Gated(Protocol):
+    """An application that turns requests away before they reach it."""
+
+    def gate(self, method: bytes, target: bytes, headers: Sequence[tuple[bytes, bytes]]) -> bytes | None:
+        """See `Gate`."""
+        ...
 
 
 def _refusal(status: int, kind: str, title: str, detail: str, remedy: str) -> bytes:
@@ -83,8 +100,13 @@ class Wire(HttpToolsProtocol):
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
+        *,
+        gate: Gate | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self._gate = gate
+        self._turned_away: bytes | None = None
+        """What the gate said of the request that is being read; it is told once that is whole."""
         self._answer = _MALFORMED
         self._running: RequestResponseCycle | None = None
         self._dropping = 0
@@ -118,6 +140,8 @@ class Wire(HttpToolsProtocol):
     @property
     def idle(self) -> bool:
         """Whether nobody waits for an answer on it."""
+        if self._turned_away is not None:
+            return False
         return self._running is None or (self._running.response_complete and not self.pipeline)
 
     def data_received(self, data: bytes) -> None:
@@ -194,13 +218,39 @@ class Wire(HttpToolsProtocol):
         )
         if not good or version not in {"1.0", "1.1"}:
             self._stop(_MALFORMED)
-        super().on_headers_complete()
+        if self._gate is not None and version == "1.1" and self._may_turn_away():
+            self._turned_away = self._gate(self.parser.get_method(), self.url, self.headers)
+        if self._turned_away is None:
+            super().on_headers_complete()
         self._in_head = False
+
+    def on_body(self, body: bytes) -> None:
+        """See `httptools.HttpRequestParser`."""
+        if self._turned_away is None:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         """See `httptools.HttpRequestParser`."""
-        super().on_message_complete()
+        if self._turned_away is None:
+            super().on_message_complete()
+        else:
+            answer, self._turned_away = self._turned_away, None
+            self.transport.write(answer)
+            self.on_response_complete()
         self._complete += 1
+
+    def _may_turn_away(self) -> bool:
+        """Whether a refusal can be written as soon as the request is whole, and another request follow it.
+
+        Not before answers that are under way, nor to one who reads none; who waits for 100 Continue may send no body.
+        """
+        return (
+            self.idle
+            and not self.flow.write_paused
+            and not self.expect_100_continue
+            and self.parser.should_keep_alive()
+            and not self.parser.should_upgrade()
+        )
 
     # asyncio.Protocol
     def pause_writing(self) -> None:
@@ -239,7 +289,9 @@ class Wire(HttpToolsProtocol):
         self._dropping = 1
         self._settle()
         self._unset_keepalive_if_required()
-        if self._begun != self._complete and not self._in_head:  # the application has it, and waits for its body
+        if self._turned_away is not None:
+            self._turned_away = None
+        elif self._begun != self._complete and not self._in_head:  # the application has it, and waits for its body
             if self.pipeline or self.cycle.response_started:
                 self.transport.close()
                 return

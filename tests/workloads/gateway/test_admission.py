@@ -56,6 +56,57 @@ def test_a_refusal_says_when_to_come_back_and_later_the_more_are_refused():
     assert len(set(many)) > 1  # who was turned away together does not come back together
 
 
+def come(at: Admission, priority: Priority, tenant: str = "default", now_s: float = 0.0) -> int:
+    """How many of two hundred are let in."""
+    return sum(at.let_in(priority, tenant, now_s) is None for _ in range(200))
+
+
+def test_no_more_are_let_in_at_once_than_can_be_served_soon_and_as_many_with_the_next_turn():
+    at = admission(at_once=10, at_once_refusing=10)
+    assert [come(at, priority) for priority in (LOW, NORMAL, HIGH)] == [7, 2, 1]
+    assert at.in_flight == 0  # whoever is let in holds no place until it asks for one
+    at.turn()
+    assert come(at, NORMAL) == 9
+
+
+def test_nobody_is_let_in_for_whom_there_is_no_place():
+    at = admission(at_once=100, at_once_refusing=100)
+    fill(at, NORMAL)
+    assert [come(at, priority) for priority in (LOW, NORMAL)] == [0, 0]
+    assert at.let_in(HIGH, "default", 0.0) is None
+
+
+def test_of_those_that_are_let_in_at_once_no_tenant_has_more_than_its_share():
+    at = admission(at_once=20)
+    assert [at.let_in(NORMAL, "greedy", 0.0) for _ in range(16)] == [None] * 16
+    assert at.let_in(NORMAL, "modest", 0.0) is None
+    shed = at.let_in(NORMAL, "greedy", 0.0)
+    assert shed is not None
+    assert (shed.reason, shed.status) == (ShedReason.TENANT_SHARE, 429)
+
+
+def test_while_it_is_overloaded_fewer_are_let_in_at_once_until_nobody_had_to_be_turned_away_for_a_moment():
+    at = admission(at_once=100, at_once_refusing=10)
+    assert not at.refusing(0.0)
+    assert come(at, NORMAL) == 90
+    assert at.refusing(0.0)
+    at.turn()
+    assert come(at, NORMAL, now_s=0.2) == 9
+    at.turn()
+    assert not at.refusing(0.8)
+    assert come(at, NORMAL, now_s=0.8) == 90
+
+
+def test_one_who_is_turned_away_among_many_makes_no_overload():
+    at = admission(at_once=10)
+    for _ in range(20):
+        assert [at.let_in(NORMAL, "default", 0.0) for _ in range(9)] == [None] * 9
+        at.turn()
+    fill(at, HIGH)
+    assert at.let_in(NORMAL, "default", 0.0) is not None
+    assert not at.refusing(0.0)
+
+
 def test_a_tenant_alone_may_have_every_place():
     at = admission()
     assert len(fill(at, HIGH, "one")) == 20

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import math
 from collections.abc import AsyncIterator, Callable
 
 import httpx
 import pytest
 
+from workloads.gateway.admission import AdmissionPolicy
 from workloads.gateway.app import STUDENT_FROM, TABLES_FROM, Gateway
 from workloads.gateway.doors import FakeRanker, FakeRetrieval
 
@@ -101,6 +104,49 @@ async def test_a_refusal_needs_no_body(crowd: Crowd):
     await crowd.app(scope, receive, send)
     assert sent[0]["status"] == 503
     await crowd.end()
+
+
+async def test_who_comes_while_the_loop_reads_is_turned_away_before_there_is_work(
+    crowd: Crowd, counted: Callable[[str], float]
+):
+    def knock(*headers: tuple[bytes, bytes], target: bytes = b"/v1/recommend") -> bytes | None:
+        return crowd.app.gate(b"POST", target, headers)
+
+    at_once = math.floor(0.9 * AdmissionPolicy().at_once) + 1
+    assert [knock() for _ in range(at_once)] == [None] * at_once
+    refusal = knock((b"rankbridge-request-id", b"mine"))
+    assert refusal is not None
+    head, _, body = refusal.partition(b"\r\n\r\n")
+    lines = head.split(b"\r\n")
+    assert lines[0] == b"HTTP/1.1 503 Service Unavailable"
+    named = dict(line.split(b": ") for line in lines[1:])
+    assert named.pop(b"retry-after") in {b"1", b"2"}
+    assert named == {
+        b"content-type": b"application/problem+json",
+        b"content-length": b"%d" % len(body),
+        b"rankbridge-request-id": b"mine",
+    }
+    assert json.loads(body)["type"] == "/problems/overloaded"
+    assert counted('rankbridge_sheds_total{priority="normal",reason="overloaded"}') == 1
+    assert counted('rankbridge_responses_total{endpoint="/v1/recommend",status="503"}') == 1
+    # Nothing that is not about room is decided there, and nothing is refused that needs none.
+    assert knock((b"rankbridge-priority", b"made up")) is None
+    assert knock(target=b"/readyz") is None
+    assert crowd.app.gate(b"GET", b"/v1/recommend", ()) is None
+    await asyncio.sleep(0)
+    assert knock() is None  # whoever was let in is being served now
+
+
+async def test_events_come_in_by_turns_only_while_others_are_turned_away(crowd: Crowd):
+    def knock(path: bytes) -> bytes | None:
+        return crowd.app.gate(b"POST", path, ())
+
+    assert [knock(b"/v1/events") for _ in range(3 * PLACES)] == [None] * 3 * PLACES
+    for _ in range(2 * AdmissionPolicy().at_once):
+        knock(b"/v1/recommend")
+    assert knock(b"/v1/events") is not None
+    await asyncio.sleep(0)
+    assert knock(b"/v1/events") is None
 
 
 async def test_one_tenant_cannot_fill_the_gateway_for_the_others(crowd: Crowd):
