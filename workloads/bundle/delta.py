@@ -94,6 +94,11 @@ class Delta:
         values: list[str] = _catalogue(self.path).column(column).to_pylist()
         return values
 
+    def images(self) -> list[list[float]]:
+        """Image features of its items, `IMAGE_DIM` numbers or none."""
+        values: list[list[float]] = _catalogue(self.path).column("image").to_pylist()
+        return values
+
 
 def encode(manifest: DeltaManifest) -> bytes:
     """Canonical bytes: fields in their order, files by name, two-space indent, one newline at the end."""

@@ -14,6 +14,7 @@ import functools
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -145,6 +146,11 @@ class Bundle:
         added = (value for delta in self.deltas for value in delta.text(column))
         return ["", *(value or "" for value in _column(self.path, column)), *added]
 
+    def images(self) -> list[list[float]]:
+        """Image features by item index, `IMAGE_DIM` numbers or none, read anew each time."""
+        added = (value for delta in self.deltas for value in delta.images())
+        return [[], *(value or [] for value in _column(self.path, "image")), *added]
+
 
 def open_bundle(path: Path, deltas: Sequence[Path] = ()) -> Bundle:
     """Open a bundle for serving, with `deltas` on top of it: delta 1, delta 2 and so on.
@@ -222,14 +228,14 @@ def _chain_fault(bundle: Bundle, before: Sequence[Delta], rows: int, delta: Delt
     return None
 
 
-def _column(bundle: Path, name: str) -> list[str]:
+def _column(bundle: Path, name: str) -> list[Any]:
     # Late: nobody pays for Arrow who only writes or looks for bundles.
     import pyarrow as pa  # noqa: PLC0415
     import pyarrow.parquet as pq  # noqa: PLC0415
 
     try:
         table = pq.read_table(bundle / m.CATALOGUE, columns=[name], use_threads=False)
-        values: list[str] = table.column(name).to_pylist()
+        values: list[Any] = table.column(name).to_pylist()
     except (pa.ArrowException, OSError, KeyError) as error:
         raise BundleFault(bundle, m.CATALOGUE, str(error)) from None
     return values

@@ -371,13 +371,16 @@ def item_inputs(
     tokens: npt.NDArray[np.int64],
     image: Floats,
     reference_ms: int,
+    of_items: int | None = None,
 ) -> dict[str, npt.NDArray[Any]]:
     """The item tower's inputs for all rows 0 to N, named as in `contract.tensors.ITEM_TOWER`.
 
-    `popularity` is a share; age counts from `first_seen_ms` to `reference_ms`, 0 for what came later.
+    `popularity` is a share in a catalogue of `of_items` (None: of these rows); age counts from `first_seen_ms` to
+    `reference_ms`, 0 for what came later.
     """
+    of_items = len(popularity) - 1 if of_items is None else of_items
     years = np.maximum(reference_ms - first_seen_ms, 0) / (365.0 * DAY_MS)
-    numeric = np.stack((np.log1p(price), relative(popularity, len(popularity) - 1), np.minimum(years, 5.0)), axis=1)
+    numeric = np.stack((np.log1p(price), relative(popularity, of_items), np.minimum(years, 5.0)), axis=1)
     numeric[PAD] = 0.0
     return {
         "item": np.arange(len(category), dtype=np.int64),

@@ -87,7 +87,8 @@ def make(
     progress.step(STAGE, 2, STEPS, items=len(new))
     created_ms = now_ms()
     try:
-        tables = place(new, bundle.tables, bundle.features, OnnxItemTower(bundle.model_path(ITEM_TOWER)), created_ms)
+        tower = OnnxItemTower(bundle.model_path(ITEM_TOWER))
+        tables = place(new, contents(bundle), bundle.tables, bundle.features, tower=tower, now_ms=created_ms)
     except PlacingFault as fault:
         raise MakeFault(str(fault), "look at the item's price and image; if they are right, report it") from None
     progress.step(STAGE, 3, STEPS)
@@ -99,6 +100,19 @@ def make(
         raise MakeFault(f"what was made is no delta: {fault}", "report it") from None
     progress.step(STAGE, STEPS, STEPS)
     return delta
+
+
+def contents(bundle: Bundle) -> list[NewItem]:
+    """What the item tower may read of an edition's items, in the order of their indices from 1 on."""
+    prices = bundle.tables["price"].tolist()
+    return [
+        NewItem(
+            item=item, title=title, description="", category=category, price=price or None, image=image, in_stock=True
+        )
+        for item, title, category, price, image in zip(
+            bundle.item_ids[1:], bundle.titles[1:], bundle.categories[1:], prices[1:], bundle.images()[1:], strict=True
+        )
+    ]
 
 
 def _sound_items(path: Path, bundle: Bundle, progress: Progress) -> list[NewItem]:

@@ -2,8 +2,10 @@
 
 An item's vector is what the bundle's own item tower makes of its content. It is asked without the item's id:
 ids were hidden from it in a share of the steps of its training, so that it can place an item by text, category,
-price and image alone. Nobody has touched a new item: its popularity is 0. Its neighbours are the items nearest
-to its vector by cosine, with scores on the scale of those that were learned from people (`neighbour_scale`).
+price and image alone. That nobody has touched a new item is no sign of what it is: the tower is told the mean
+popularity of its category, while the tables, which count, say 0. Its neighbours are the items whose content lies
+nearest by cosine, all asked alike: without ids, so that what people made of the others does not hide that they are of
+a kind. Scores are on the scale of those that were learned from people (`neighbour_scale`).
 Arrays in, arrays out; it knows no file.
 """
 
@@ -40,16 +42,29 @@ class ItemTower(Protocol):
         ...
 
 
-def place(items: Sequence[NewItem], tables: Tables, schema: FeatureSchema, tower: ItemTower, now_ms: int) -> Tables:
+def place(
+    items: Sequence[NewItem],
+    there: Sequence[NewItem],
+    tables: Tables,
+    schema: FeatureSchema,
+    *,
+    tower: ItemTower,
+    now_ms: int,
+) -> Tables:
     """Rows of `contract.tensors.ITEM_TABLES` for new items that follow those of `tables`, in order.
 
-    `tables` are the edition's, row 0 included: the bundle and the deltas before. Raises PlacingFault.
+    `tables` are the edition's, row 0 included: the bundle and the deltas before; `there` is the content of their
+    items, in the order of the rows 1 to N. Raises PlacingFault.
     """
     category, price = categories(items, schema), prices(items)
     count = len(items)
     first_seen = np.full(count, now_ms, dtype=np.int64)
-    vectors = content_vectors(items, schema, tower, now_ms)
-    neighbours, scores = nearest(vectors, tables["vectors"], neighbour_scale(tables["neighbour_scores"]))
+    kinds = np.concatenate([category, tables["category"][1:]])
+    expected = expected_popularity(kinds, tables, schema.items)
+    vectors = content_vectors(items, expected[:count], schema, tower, now_ms)
+    others = np.zeros((len(there) + 1, vectors.shape[1]), dtype=np.float32)
+    others[1:] = content_vectors(there, expected[count:], schema, tower, now_ms)
+    neighbours, scores = nearest(vectors, others, neighbour_scale(tables["neighbour_scores"]))
     nobody = np.zeros(count, dtype=np.float32)
     return {
         "vectors": vectors,
@@ -77,8 +92,22 @@ def prices(items: Sequence[NewItem]) -> Floats:
     return np.array([one.price or 0.0 for one in items], dtype=np.float32)
 
 
-def content_vectors(items: Sequence[NewItem], schema: FeatureSchema, tower: ItemTower, now_ms: int) -> Floats:
-    """Vectors [k, VECTOR_DIM] by content alone. Raises PlacingFault."""
+def expected_popularity(category: Ints, tables: Tables, known: int) -> Floats:
+    """Share of popularity [k] to expect of new items: the mean of their categories in the bundle's `known` items.
+
+    The mean of all items where the category is unknown. Told 0 instead, the tower places an item among those that
+    people had seen and did not want.
+    """
+    popularity, of = tables["popularity"][1 : known + 1], tables["category"][1 : known + 1]
+    whole = float(popularity.mean()) if known else 0.0
+    means = {kind: float(popularity[of == kind].mean()) for kind in set(category.tolist()) & set(of.tolist()) - {PAD}}
+    return np.array([means.get(kind, whole) for kind in category.tolist()], dtype=np.float32)
+
+
+def content_vectors(
+    items: Sequence[NewItem], popularity: Floats, schema: FeatureSchema, tower: ItemTower, now_ms: int
+) -> Floats:
+    """Vectors [k, VECTOR_DIM] by content alone, for items of this popularity [k]. Raises PlacingFault."""
     count = len(items)
     image = np.zeros((count + 1, IMAGE_DIM), dtype=np.float32)
     for row, one in enumerate(items, 1):
@@ -87,7 +116,8 @@ def content_vectors(items: Sequence[NewItem], schema: FeatureSchema, tower: Item
     inputs = item_inputs(  # row 0 is PAD's, as everywhere
         category=np.concatenate([[PAD], categories(items, schema)]),
         price=np.concatenate([[0.0], prices(items)]).astype(np.float32),
-        popularity=np.zeros(count + 1, dtype=np.float32),
+        popularity=np.concatenate([[0.0], popularity]).astype(np.float32),
+        of_items=schema.items,
         first_seen_ms=np.full(count + 1, now_ms, dtype=np.int64),
         tokens=token_table(["", *(item_text(one.title, one.category) for one in items)]),
         image=image,
@@ -114,9 +144,9 @@ def neighbour_scale(learned: Floats) -> Floats:
 def nearest(vectors: Floats, there: Floats, scale: Floats) -> tuple[Ints, Floats]:
     """Neighbours [k, NEIGHBOURS] of new items and their scores, best first; PAD and 0 where there are no more.
 
-    `vectors` [k, D] are the new items', `there` [N+1, D] those of the items before them. An item is no neighbour
-    of its own. The score of the neighbour at place j is its cosine times `scale[j]`: an item that looks like
-    another says at most as much as a typical item's people said about their j-th neighbour, so that half of what
+    `vectors` [k, D] are the new items', `there` [N+1, D] those of the items before them, row 0 of nobody. An item is
+    no neighbour of its own. The score of the neighbour at place j is its cosine times `scale[j]`: an item that looks
+    like another says at most as much as a typical item's people said about their j-th neighbour, so that half of what
     was learned outranks it.
     """
     everything = _units(np.concatenate([there, vectors]))

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from workloads.bundle.store import Bundle, open_bundle
 from workloads.contract.tensors import ITEM_TABLES, ITEM_TOWER, NEIGHBOURS, PAD, VECTOR_DIM
 from workloads.delta.items import NewItem
-from workloads.delta.making import OnnxItemTower
-from workloads.delta.placing import PlacingFault, content_vectors, nearest, neighbour_scale, place
+from workloads.delta.making import OnnxItemTower, contents
+from workloads.delta.placing import (
+    PlacingFault,
+    content_vectors,
+    expected_popularity,
+    nearest,
+    neighbour_scale,
+    place,
+)
 
 NOW = 1_795_000_000_000
 
@@ -29,7 +37,8 @@ def item(name: str, category: str = "Garden", **changes: object) -> NewItem:
 def test_an_item_lands_among_its_category(bundle: Bundle):
     names = bundle.features.categories
     tower = OnnxItemTower(bundle.model_path(ITEM_TOWER))
-    vectors = content_vectors([item(f"thing {name}", name) for name in names], bundle.features, tower, NOW)
+    things = [item(f"thing {name}", name) for name in names]
+    vectors = content_vectors(things, np.zeros(len(names), np.float32), bundle.features, tower, NOW)
     near = np.argsort(-(vectors @ bundle.tables["vectors"].T), axis=1)[:, :10]
     assert (bundle.tables["category"][near] == np.arange(1, len(names) + 1)[:, None]).mean() > 0.95
 
@@ -41,13 +50,14 @@ def test_the_tower_is_asked_for_content_alone(bundle: Bundle):
             return np.ones((len(inputs["item"]), VECTOR_DIM), np.float32)
 
     tower = Tower()
-    content_vectors([item("a", image=[2.0] * 16), item("b", "Nowhere", price=None)], bundle.features, tower, NOW)
+    share = np.array([2.0 / bundle.features.items, 0.0], np.float32)
+    content_vectors([item("a", image=[2.0] * 16), item("b", "Nowhere", price=None)], share, bundle.features, tower, NOW)
     asked = tower.asked
     assert {name: rows.shape[1:] for name, rows in asked.items()} == {s.name: s.shape for s in ITEM_TOWER.inputs}
     assert {name: rows.dtype.name for name, rows in asked.items()} == {s.name: s.dtype for s in ITEM_TOWER.inputs}
     assert asked["item"].tolist() == [PAD, PAD]
     assert asked["category"].tolist() == [bundle.features.categories.index("Garden") + 1, 0]
-    np.testing.assert_allclose(asked["numeric"], [[np.log1p(3.0), 0, 0], [0, 0, 0]])
+    np.testing.assert_allclose(asked["numeric"], [[np.log1p(3.0), np.log1p(2.0), 0], [0, 0, 0]], rtol=1e-5)
     assert asked["image"].tolist() == [[2.0] * 16, [0.0] * 16]
     assert asked["tokens"].any(axis=1).all()
 
@@ -58,12 +68,22 @@ def test_a_vector_that_is_not_finite_stops_the_delta_and_names_the_item(bundle: 
             return np.array([[1.0] * VECTOR_DIM, [np.nan] * VECTOR_DIM], np.float32)
 
     with pytest.raises(PlacingFault, match="'bad'"):
-        content_vectors([item("good"), item("bad")], bundle.features, Tower(), NOW)
+        content_vectors([item("good"), item("bad")], np.zeros(2, np.float32), bundle.features, Tower(), NOW)
+
+
+def test_a_new_item_is_expected_to_be_as_popular_as_its_category_and_not_as_what_nobody_wanted():
+    tables = {
+        "popularity": np.array([0.0, 0.5, 0.3, 0.2, 9.0], np.float32),
+        "category": np.array([0, 1, 1, 2, 1], np.int32),
+    }
+    found = expected_popularity(np.array([1, 2, 3, PAD], np.int32), tables, known=3)  # item 4 came with a delta
+    np.testing.assert_allclose(found, [0.4, 0.2, 1 / 3, 1 / 3], rtol=1e-6)
 
 
 def test_rows_are_the_contracts_and_say_that_nobody_touched_them(bundle: Bundle):
     new = [item("a"), item("b", "Kitchen", price=None, in_stock=False)]
-    tables = place(new, bundle.tables, bundle.features, OnnxItemTower(bundle.model_path(ITEM_TOWER)), NOW)
+    tower = OnnxItemTower(bundle.model_path(ITEM_TOWER))
+    tables = place(new, contents(bundle), bundle.tables, bundle.features, tower=tower, now_ms=NOW)
     assert tables.keys() == ITEM_TABLES.keys()
     for name, (dtype, _) in ITEM_TABLES.items():
         assert tables[name].dtype == np.dtype(dtype), name
@@ -73,6 +93,16 @@ def test_rows_are_the_contracts_and_say_that_nobody_touched_them(bundle: Bundle)
     assert tables["price_band"][1] == 0
     assert tables["in_stock"].tolist() == [1, 0]
     assert tables["first_seen_ms"].tolist() == [NOW, NOW]
+
+
+def test_what_people_made_of_an_item_does_not_hide_that_a_new_one_is_of_its_kind(bundle: Bundle):
+    twin = 17
+    there = contents(bundle)
+    opposite = {**bundle.tables, "vectors": -np.asarray(bundle.tables["vectors"])}
+    tower = OnnxItemTower(bundle.model_path(ITEM_TOWER))
+    new = [item("new", there[twin - 1].category, title=there[twin - 1].title, price=there[twin - 1].price)]
+    new[0] = msgspec.structs.replace(new[0], image=there[twin - 1].image)
+    assert place(new, there, opposite, bundle.features, tower=tower, now_ms=NOW)["neighbours"][0, 0] == twin
 
 
 def test_neighbours_are_the_nearest_by_cosine_never_the_item_and_never_padding():
