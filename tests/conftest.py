@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 
 import pytest
+import structlog
 
 import workloads  # noqa: F401 - before any test module: ONNX Runtime must not report to its maker from tests either
 from infra.emulator import ENVIRONMENT, Emulator
@@ -25,6 +26,13 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulator]:
         yield started
     finally:
         started.stop()
+
+
+@pytest.fixture(autouse=True)
+def _own_log() -> Iterator[None]:
+    """A test that says where records go has a stream that ends with it: no later one may write there."""
+    yield
+    structlog.reset_defaults()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
