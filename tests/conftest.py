@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Iterator
 
@@ -33,6 +34,8 @@ def _own_log() -> Iterator[None]:
     """A test that says where records go has a stream that ends with it: no later one may write there."""
     yield
     structlog.reset_defaults()
+    root = logging.getLogger()
+    root.handlers[:] = [handler for handler in root.handlers if type(handler) is not logging.StreamHandler]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

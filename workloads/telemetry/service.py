@@ -358,7 +358,8 @@ def run(role: str, site: str, address: str, build: Callable[[], Application]) ->
     with _stop_while_starting():
         try:
             anywhere = os.environ.get(LISTEN_VARIABLE) == LISTEN_ANYWHERE
-            with contextlib.closing(listen(address, anywhere=anywhere)) as bound:
+            with contextlib.ExitStack() as held:
+                bound = held.enter_context(listen(address, anywhere=anywhere))
                 host, port = bound.getsockname()[:2]
                 service = build()
                 config = uvicorn.Config(
@@ -378,8 +379,9 @@ def run(role: str, site: str, address: str, build: Callable[[], Application]) ->
                     timeout_graceful_shutdown=STOP_WITHIN_S,
                 )
                 _logger.info("starting", address=f"{host}:{port}")
+                handles = [bound, *(held.enter_context(bound.dup()) for _ in range(ACCEPTED_AT_ONCE - 1))]
                 try:
-                    _Server(config).run(sockets=[bound, *(bound.dup() for _ in range(ACCEPTED_AT_ONCE - 1))])
+                    _Server(config).run(sockets=handles)
                 except SystemExit as end:  # how uvicorn says that the service's start failed
                     return 2 if end.code == STARTUP_FAILURE else 0
         except CannotStartError as error:
