@@ -36,9 +36,9 @@ faults: setup ## plant faults under load and judge them; FAULTS=F1,F8 SITES=netn
 	@$(EMULATOR) install --uv $(UV) || echo "going on without LocalStack; what needs it will say so" >&2
 	@$(BIN)/rankbridge faults --faults "$(FAULTS)" --out "$(OUT)" $(if $(filter netns,$(SITES)),--real-tunnels) $(ARGS)
 
-# Two workers, a file stays with one of them: its fixtures are started once.
+# Two workers, a file stays with one of them: its fixtures are started once. What hangs fails, and says where.
 test: setup ## every test, real parts too; ARGS="-k name", one by one with ARGS="-n 0"
-	@$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --timeout 600 $(ARGS)
 
 check: setup ## lint, format, types, direction of imports
 	@$(BIN)/ruff check $(PARTS)

@@ -96,7 +96,7 @@ def _given_up(sock: socket.socket, drip: bytes) -> int | None:
 
 
 def test_who_reads_no_answers_is_given_up(besieged: Siege):
-    """1,000 answers of 23 kB each, asked for at once and left where they are: more than the kernel keeps for anybody."""
+    """1,000 answers of 23 kB each, asked for at once and left where they are: more than a kernel keeps."""
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.settimeout(20.0)
