@@ -2,15 +2,17 @@
 
 An item's vector is what the bundle's own item tower makes of its content. It is asked without the item's id:
 ids were hidden from it in a share of the steps of its training, so that it can place an item by text, category,
-price and image alone. That nobody has touched a new item is no sign of what it is: the tower is told the mean
-popularity of its category, while the tables, which count, say 0. Its neighbours are the items whose content lies
-nearest by cosine, all asked alike: without ids, so that what people made of the others does not hide that they are of
-a kind. Scores are on the scale of those that were learned from people (`neighbour_scale`).
+price and image alone. What is not known of a new item is no sign of what it is: the tower is told the mean popularity
+of its category, while the tables, which count, say 0, and where it has no image the category's mean image. Its
+neighbours are the items whose content lies nearest by cosine, all asked alike: without ids, so that what people made of
+the others does not hide that they are of a kind, and without images of their own where it has none. Scores are on the
+scale of those that were learned from people (`neighbour_scale`).
 Arrays in, arrays out; it knows no file.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol
 
@@ -57,14 +59,24 @@ def place(
     items, in the order of the rows 1 to N. Raises PlacingFault.
     """
     category, price = categories(items, schema), prices(items)
-    count = len(items)
+    count, of = len(items), tables["category"][1:]
     first_seen = np.full(count, now_ms, dtype=np.int64)
-    kinds = np.concatenate([category, tables["category"][1:]])
-    expected = expected_popularity(kinds, tables, schema.items)
-    vectors = content_vectors(items, expected[:count], schema, tower, now_ms)
-    others = np.zeros((len(there) + 1, vectors.shape[1]), dtype=np.float32)
-    others[1:] = content_vectors(there, expected[count:], schema, tower, now_ms)
-    neighbours, scores = nearest(vectors, others, neighbour_scale(tables["neighbour_scores"]))
+    known = slice(schema.items)
+    popularity = tables["popularity"][1:][known]
+    own, theirs = images(items), images(there)
+    seen = theirs[known].any(axis=1)
+    usual = functools.partial(usual_of, theirs[known][seen], of[known][seen])
+    ask = functools.partial(content_vectors, schema=schema, tower=tower, now_ms=now_ms)
+    vectors = ask(items, usual_of(popularity, of[known], category), filled(own, usual(category)))
+    scale = neighbour_scale(tables["neighbour_scores"])
+    neighbours = np.zeros((count, NEIGHBOURS), dtype=np.int32)
+    scores = np.zeros((count, NEIGHBOURS), dtype=np.float32)
+    for some, image in ((own.any(axis=1), filled(theirs, usual(of))), (~own.any(axis=1), usual(of))):
+        if some.any():
+            others = np.zeros((len(there) + 1, vectors.shape[1]), dtype=np.float32)
+            others[1:] = ask(there, usual_of(popularity, of[known], of), image)
+            near, near_scores = nearest(vectors, others, scale)
+            neighbours[some], scores[some] = near[some], near_scores[some]
     nobody = np.zeros(count, dtype=np.float32)
     return {
         "vectors": vectors,
@@ -92,27 +104,42 @@ def prices(items: Sequence[NewItem]) -> Floats:
     return np.array([one.price or 0.0 for one in items], dtype=np.float32)
 
 
-def expected_popularity(category: Ints, tables: Tables, known: int) -> Floats:
-    """Share of popularity [k] to expect of new items: the mean of their categories in the bundle's `known` items.
+def images(items: Sequence[NewItem]) -> Floats:
+    """Image features [k, IMAGE_DIM]; zeros where an item has none."""
+    found = np.zeros((len(items), IMAGE_DIM), dtype=np.float32)
+    for row, one in enumerate(items):
+        if one.image:
+            found[row] = one.image
+    return found
 
-    The mean of all items where the category is unknown. Told 0 instead, the tower places an item among those that
-    people had seen and did not want.
+
+def filled(given: Floats, usual: Floats) -> Floats:
+    """Rows of `given`, or of `usual` where those are all zero; both [k, D]."""
+    return np.where(given.any(axis=1, keepdims=True), given, usual)
+
+
+def usual_of(values: Floats, category: Ints, kinds: Ints) -> Floats:
+    """What to expect of items of categories `kinds` [k]: the mean of `values` [n, ...] in their `category` [n].
+
+    The mean of all where a category is unknown or has none; 0 of no values. Told 0 instead of a usual popularity, the
+    tower places an item among those that people had seen and did not want.
     """
-    popularity, of = tables["popularity"][1 : known + 1], tables["category"][1 : known + 1]
-    whole = float(popularity.mean()) if known else 0.0
-    means = {kind: float(popularity[of == kind].mean()) for kind in set(category.tolist()) & set(of.tolist()) - {PAD}}
-    return np.array([means.get(kind, whole) for kind in category.tolist()], dtype=np.float32)
+    shape = values.shape[1:]
+    whole = values.mean(axis=0) if len(values) else np.zeros(shape)
+    means = {
+        kind: values[category == kind].mean(axis=0) for kind in set(kinds.tolist()) & set(category.tolist()) - {PAD}
+    }
+    return np.array([means.get(kind, whole) for kind in kinds.tolist()], dtype=np.float32).reshape(-1, *shape)
 
 
 def content_vectors(
-    items: Sequence[NewItem], popularity: Floats, schema: FeatureSchema, tower: ItemTower, now_ms: int
+    items: Sequence[NewItem], popularity: Floats, image: Floats, *, schema: FeatureSchema, tower: ItemTower, now_ms: int
 ) -> Floats:
-    """Vectors [k, VECTOR_DIM] by content alone, for items of this popularity [k]. Raises PlacingFault."""
+    """Vectors [k, VECTOR_DIM] by content alone, for items of this popularity [k] and image [k, IMAGE_DIM].
+
+    Raises PlacingFault.
+    """
     count = len(items)
-    image = np.zeros((count + 1, IMAGE_DIM), dtype=np.float32)
-    for row, one in enumerate(items, 1):
-        if one.image:
-            image[row] = one.image
     inputs = item_inputs(  # row 0 is PAD's, as everywhere
         category=np.concatenate([[PAD], categories(items, schema)]),
         price=np.concatenate([[0.0], prices(items)]).astype(np.float32),
@@ -120,7 +147,7 @@ def content_vectors(
         of_items=schema.items,
         first_seen_ms=np.full(count + 1, now_ms, dtype=np.int64),
         tokens=token_table(["", *(item_text(one.title, one.category) for one in items)]),
-        image=image,
+        image=np.concatenate([np.zeros((1, IMAGE_DIM), dtype=np.float32), image]),
         reference_ms=schema.reference_ms,
     )
     inputs["item"] = np.full(count + 1, PAD, dtype=np.int64)

@@ -13,12 +13,14 @@ from workloads.contract.tensors import ITEM_TABLES, ITEM_TOWER, NEIGHBOURS, PAD,
 from workloads.delta.items import NewItem
 from workloads.delta.making import OnnxItemTower, contents
 from workloads.delta.placing import (
+    ItemTower,
     PlacingFault,
     content_vectors,
-    expected_popularity,
+    images,
     nearest,
     neighbour_scale,
     place,
+    usual_of,
 )
 
 NOW = 1_795_000_000_000
@@ -34,11 +36,16 @@ def item(name: str, category: str = "Garden", **changes: object) -> NewItem:
     return NewItem(item=name, category=category, **{**fields, **changes})  # type: ignore[arg-type]  # of a test
 
 
+def asked(items: list[NewItem], bundle: Bundle, tower: ItemTower, popularity: np.ndarray | None = None) -> np.ndarray:
+    share = np.zeros(len(items), np.float32) if popularity is None else popularity
+    return content_vectors(items, share, images(items), schema=bundle.features, tower=tower, now_ms=NOW)
+
+
 def test_an_item_lands_among_its_category(bundle: Bundle):
     names = bundle.features.categories
     tower = OnnxItemTower(bundle.model_path(ITEM_TOWER))
     things = [item(f"thing {name}", name) for name in names]
-    vectors = content_vectors(things, np.zeros(len(names), np.float32), bundle.features, tower, NOW)
+    vectors = asked(things, bundle, tower)
     near = np.argsort(-(vectors @ bundle.tables["vectors"].T), axis=1)[:, :10]
     assert (bundle.tables["category"][near] == np.arange(1, len(names) + 1)[:, None]).mean() > 0.95
 
@@ -51,15 +58,15 @@ def test_the_tower_is_asked_for_content_alone(bundle: Bundle):
 
     tower = Tower()
     share = np.array([2.0 / bundle.features.items, 0.0], np.float32)
-    content_vectors([item("a", image=[2.0] * 16), item("b", "Nowhere", price=None)], share, bundle.features, tower, NOW)
-    asked = tower.asked
-    assert {name: rows.shape[1:] for name, rows in asked.items()} == {s.name: s.shape for s in ITEM_TOWER.inputs}
-    assert {name: rows.dtype.name for name, rows in asked.items()} == {s.name: s.dtype for s in ITEM_TOWER.inputs}
-    assert asked["item"].tolist() == [PAD, PAD]
-    assert asked["category"].tolist() == [bundle.features.categories.index("Garden") + 1, 0]
-    np.testing.assert_allclose(asked["numeric"], [[np.log1p(3.0), np.log1p(2.0), 0], [0, 0, 0]], rtol=1e-5)
-    assert asked["image"].tolist() == [[2.0] * 16, [0.0] * 16]
-    assert asked["tokens"].any(axis=1).all()
+    asked([item("a", image=[2.0] * 16), item("b", "Nowhere", price=None)], bundle, tower, share)
+    told = tower.asked
+    assert {name: rows.shape[1:] for name, rows in told.items()} == {s.name: s.shape for s in ITEM_TOWER.inputs}
+    assert {name: rows.dtype.name for name, rows in told.items()} == {s.name: s.dtype for s in ITEM_TOWER.inputs}
+    assert told["item"].tolist() == [PAD, PAD]
+    assert told["category"].tolist() == [bundle.features.categories.index("Garden") + 1, 0]
+    np.testing.assert_allclose(told["numeric"], [[np.log1p(3.0), np.log1p(2.0), 0], [0, 0, 0]], rtol=1e-5)
+    assert told["image"].tolist() == [[2.0] * 16, [0.0] * 16]
+    assert told["tokens"].any(axis=1).all()
 
 
 def test_a_vector_that_is_not_finite_stops_the_delta_and_names_the_item(bundle: Bundle):
@@ -68,16 +75,18 @@ def test_a_vector_that_is_not_finite_stops_the_delta_and_names_the_item(bundle: 
             return np.array([[1.0] * VECTOR_DIM, [np.nan] * VECTOR_DIM], np.float32)
 
     with pytest.raises(PlacingFault, match="'bad'"):
-        content_vectors([item("good"), item("bad")], np.zeros(2, np.float32), bundle.features, Tower(), NOW)
+        asked([item("good"), item("bad")], bundle, Tower())
 
 
 def test_a_new_item_is_expected_to_be_as_popular_as_its_category_and_not_as_what_nobody_wanted():
-    tables = {
-        "popularity": np.array([0.0, 0.5, 0.3, 0.2, 9.0], np.float32),
-        "category": np.array([0, 1, 1, 2, 1], np.int32),
-    }
-    found = expected_popularity(np.array([1, 2, 3, PAD], np.int32), tables, known=3)  # item 4 came with a delta
+    popularity = np.array([0.5, 0.3, 0.2], np.float32)
+    found = usual_of(popularity, np.array([1, 1, 2], np.int32), np.array([1, 2, 3, PAD], np.int32))
     np.testing.assert_allclose(found, [0.4, 0.2, 1 / 3, 1 / 3], rtol=1e-6)
+
+
+def test_of_nothing_known_nothing_is_expected():
+    found = usual_of(np.empty((0, 16), np.float32), np.empty(0, np.int32), np.array([1, PAD], np.int32))
+    assert found.tolist() == [[0.0] * 16] * 2
 
 
 def test_rows_are_the_contracts_and_say_that_nobody_touched_them(bundle: Bundle):
@@ -95,13 +104,18 @@ def test_rows_are_the_contracts_and_say_that_nobody_touched_them(bundle: Bundle)
     assert tables["first_seen_ms"].tolist() == [NOW, NOW]
 
 
-def test_what_people_made_of_an_item_does_not_hide_that_a_new_one_is_of_its_kind(bundle: Bundle):
+@pytest.mark.parametrize("with_image", [True, False])
+def test_neither_what_people_made_of_an_item_nor_its_image_hides_that_a_new_one_is_of_its_kind(
+    bundle: Bundle, *, with_image: bool
+):
     twin = 17
     there = contents(bundle)
     opposite = {**bundle.tables, "vectors": -np.asarray(bundle.tables["vectors"])}
     tower = OnnxItemTower(bundle.model_path(ITEM_TOWER))
     new = [item("new", there[twin - 1].category, title=there[twin - 1].title, price=there[twin - 1].price)]
-    new[0] = msgspec.structs.replace(new[0], image=there[twin - 1].image)
+    assert any(there[twin - 1].image)
+    if with_image:
+        new[0] = msgspec.structs.replace(new[0], image=there[twin - 1].image)
     assert place(new, there, opposite, bundle.features, tower=tower, now_ms=NOW)["neighbours"][0, 0] == twin
 
 
