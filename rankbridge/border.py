@@ -47,6 +47,7 @@ class NewItem(msgspec.Struct, frozen=True, kw_only=True):
     description: str
     category: str
     price: float | None
+    image: list[float]
     in_stock: bool = True
 
 
@@ -109,16 +110,20 @@ def served_after(gateways: Mapping[str, str], bundle: str, since: float, *, delt
 
 
 def new_item_like(bundle: Path, path: Path) -> tuple[NewItem, str]:
-    """Write a file with one item that the catalogue does not have, and the most popular item that it resembles."""
+    """Write a file with one item that the catalogue does not have, and the most popular item that it resembles.
+
+    It is told from that by one word more: whoever likes the one is to be shown the other, whatever else the shop has.
+    """
     opened = open_bundle(bundle)
     twin = int(opened.tables["popularity"].argmax())
     price = float(opened.tables["price"][twin])
     item = NewItem(
         item=NEW_ITEM,
-        title=f"{NEW_WORD} {opened.titles[twin]}".strip(),
+        title=f"{opened.titles[twin]} {NEW_WORD}".strip(),
         description=opened.text("description")[twin],
         category=opened.categories[twin],
         price=price if price > 0 else None,
+        image=opened.images()[twin],
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(msgspec.json.encode(item) + b"\n")
