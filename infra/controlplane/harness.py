@@ -60,6 +60,18 @@ def is_leaving(thing: Manifest) -> bool:
     return bool(thing["metadata"].get("deletionTimestamp"))
 
 
+def _has_counted(budget: Manifest) -> bool:
+    """Whether a disruption budget knows its pods: all well, no eviction it still waits to see, the room reckoned."""
+    status = budget.get("status", {})
+    healthy, desired = status.get("currentHealthy", 0), status.get("desiredHealthy", 0)
+    return bool(
+        status.get("observedGeneration") == budget["metadata"]["generation"]
+        and healthy == status.get("expectedPods")
+        and status.get("disruptionsAllowed") == max(0, healthy - desired)
+        and not status.get("disruptedPods")
+    )
+
+
 def join(api: Api, node: Manifest) -> None:
     """A machine becomes a node: the object, and its size, which is a status."""
     api.apply({k: v for k, v in node.items() if k != "status"}, manager="kubelet")
@@ -164,7 +176,10 @@ class Deployed:
         self.api.patch("apps/v1", workload["kind"], metadata["name"], metadata["namespace"], change)
 
     def is_settled(self) -> bool:
-        """Whether every workload in our namespaces has all the pods that it wants, ready and of its newest template."""
+        """Whether every workload in our namespaces has all the pods that it wants, ready and of its newest template.
+
+        Its disruption budgets have counted them, too: their controller comes to that a moment after the pods are ready.
+        """
         ours = {m["metadata"]["namespace"] for _, _, m in self.serving()}
         for kind in ("Deployment", "StatefulSet"):
             for found in self.api.find("apps/v1", kind):
@@ -174,7 +189,8 @@ class Deployed:
                 counts = [status.get(k, 0) for k in ("replicas", "readyReplicas", "updatedReplicas")]
                 if status.get("observedGeneration") != found["metadata"]["generation"] or counts != [wanted] * 3:
                     return False
-        return True
+        budgets = [b for b in self.api.find("policy/v1", "PodDisruptionBudget") if b["metadata"]["namespace"] in ours]
+        return all(_has_counted(budget) for budget in budgets)
 
     def unsettled(self) -> str:
         """Why pods are missing or wait, in Kubernetes' own words."""
