@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import random
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -36,9 +37,21 @@ class Shape:
     cut: bool = False
     direction: Direction = Direction.BOTH
 
+    def toward(self, direction: Direction) -> Shape:
+        """What it does to packets that go one way."""
+        return self if self.direction in {Direction.BOTH, direction} else Shape()
+
+    def occupies_s(self, size: int) -> float:
+        """For so long `size` bytes keep the wire; 0 where it has no rate."""
+        return 0.0 if self.rate_mbit is None else size * 8 / (self.rate_mbit * 1e6)
+
+    def late_s(self, chance: random.Random) -> float:
+        """So much later than it left something arrives."""
+        return max(0.0, self.delay_ms + self.jitter_ms * chance.uniform(-1, 1)) / 1000
+
 
 class Link(Protocol):
-    """Both tunnels of the sites' VPN, numbered from 1; the relay of the rootless form has one, number 1."""
+    """Both tunnels of the sites' VPN, numbered from 1; the relay of the rootless form has as many."""
 
     @property
     def tunnels(self) -> Sequence[int]:

@@ -47,7 +47,7 @@ class _Tunnel:
 
     def does(self, direction: Direction) -> Shape:
         """What happens to what goes in a direction."""
-        return self.shape if self.shape.direction in {Direction.BOTH, direction} else Shape()
+        return self.shape.toward(direction)
 
     def is_cut(self, direction: Direction) -> bool:
         return self.does(direction).cut
@@ -165,9 +165,8 @@ class TcpLink:
         leaves = now
         if does.rate_mbit is not None:
             begins = max(now, tunnel.free_at.get(direction, now))
-            leaves = tunnel.free_at[direction] = begins + size * 8 / (does.rate_mbit * 1e6)
-        late_ms = does.delay_ms + does.jitter_ms * self._chance.uniform(-1, 1)
-        return leaves + max(0.0, late_ms) / 1000
+            leaves = tunnel.free_at[direction] = begins + does.occupies_s(size)
+        return leaves + does.late_s(self._chance)
 
     async def _passage(self, flow: _Flow, direction: Direction) -> None:
         """Wait until something can pass: healed, or moved to a tunnel that is whole."""

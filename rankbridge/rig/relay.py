@@ -81,9 +81,8 @@ class Wire:
             begins = max(now, self._free_at)
             if begins - now > QUEUE_S:
                 return None
-            leaves = self._free_at = begins + size * 8 / (shape.rate_mbit * 1e6)
-        late = shape.delay_ms + shape.jitter_ms * self._chance.uniform(-1, 1)
-        self._last_due = max(self._last_due, leaves + max(0.0, late) / 1000)
+            leaves = self._free_at = begins + shape.occupies_s(size)
+        self._last_due = max(self._last_due, leaves + shape.late_s(self._chance))
         return self._last_due
 
 
@@ -185,7 +184,7 @@ class Relay:
     def _tell(self, shape: Shape) -> None:
         self._shape = shape
         for direction, way in self._ways.items():
-            way.wire.tell(shape if shape.direction in {Direction.BOTH, direction} else Shape())
+            way.wire.tell(shape.toward(direction))
             if way.wire.shape.cut:  # a cut wire delivers nothing that was still on it
                 way.dropped += len(way.waiting)
                 way.waiting.clear()
