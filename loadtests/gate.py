@@ -281,7 +281,7 @@ def _rung_mix(
                 endpoint=budget.endpoint,
             )
         return
-    below = [s for s in answered if s.rung is not None and s.best_rung is not None and s.rung > s.best_rung]
+    below = [s for s in answered if s.is_below_best]
     share = len(below) / len(answered)
     if share <= limit:
         return

@@ -90,12 +90,7 @@ def outcome(sample: Sample) -> Outcome:
         return Outcome.REJECTED
     if sample.error is not None:
         return Outcome.WRONG
-    return Outcome.DEGRADED if is_below_best(sample) else Outcome.OK
-
-
-def is_below_best(sample: Sample) -> bool:
-    """Whether an answer came from below the best configured rung."""
-    return sample.rung is not None and sample.best_rung is not None and sample.rung > sample.best_rung
+    return Outcome.DEGRADED if sample.is_below_best else Outcome.OK
 
 
 def is_late(sample: Sample) -> bool:

@@ -202,7 +202,7 @@ def _measure(endpoint: str, site: str | None, samples: Sequence[Sample], seconds
     latency = sorted(math.inf if s.error is not None else s.latency_ms for s in samples)
     answered = [s for s in samples if s.error is None]
     rungs = Counter(str(s.rung) for s in answered if s.rung is not None)
-    below = [s for s in answered if s.rung is not None and s.best_rung is not None and s.rung > s.best_rung]
+    below = [s for s in answered if s.is_below_best]
     ranked = [s.ranked for s in answered if s.ranked is not None]
     parts: dict[str, list[float]] = defaultdict(list)
     for sample in answered:

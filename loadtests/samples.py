@@ -77,6 +77,11 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, tag="sample", tag_field=
     priority: str | None = None
     """As the request's header said; None without one."""
 
+    @property
+    def is_below_best(self) -> bool:
+        """Whether the answer came from below the best configured rung."""
+        return self.rung is not None and self.best_rung is not None and self.rung > self.best_rung
+
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
     """A whole run: its header, its samples, and how long it was meant to be sent to after warm-up."""

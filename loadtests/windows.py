@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from loadtests.ledger import ANSWERED, is_below_best, is_late, outcome
+from loadtests.ledger import ANSWERED, is_late, outcome
 from loadtests.measures import quantile
 from loadtests.samples import Sample
 from workloads.contract.slo import BELOW_BEST_RUNG_SHARE, Endpoint
@@ -79,7 +79,7 @@ def window(samples: Sequence[Sample], at_s: float) -> Window:
         requests=len(samples),
         answered=len(answered),
         late=sum(map(is_late, samples)),
-        below_best=sum(map(is_below_best, answered)),
+        below_best=sum(sample.is_below_best for sample in answered),
         p50_ms=_finite(ordered, 0.5),
         p99_ms=_finite(ordered, 0.99),
         rungs=dict(sorted(Counter(str(sample.rung) for sample in answered if _has_ladder(sample)).items())),
@@ -111,7 +111,7 @@ def seen_after_s(samples: Iterable[Sample], fault_s: float) -> float | None:
         if (moment := sample.at_s + sample.latency_ms / 1000) >= fault_s
         and (
             outcome(sample) not in ANSWERED
-            or is_below_best(sample)
+            or sample.is_below_best
             or sample.reason is not None
             or (sample.ranked_at is not None and (sample.sent_to, sample.ranked_at) not in usual)
         )

@@ -6,6 +6,7 @@ Records, and their file: `OUT/faults.json` is a `Suite`. Who draws or prints the
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -87,6 +88,12 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
         """Whether every expectation held; None for a fault that was not made."""
         return None if self.left_out is not None else bool(self.checks) and all(check.held for check in self.checks)
 
+    @property
+    def counted(self) -> bool | None:
+        """As `passed`, by what was counted alone: what a machine that is busy with something else cannot change."""
+        held = bool(self.checks) and all(check.held or check.timed for check in self.checks)
+        return None if self.left_out is not None else held
+
 
 class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     """What home answers with nothing wrong, measured by the same driver, in one run with the faults."""
@@ -116,14 +123,17 @@ class Suite(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def passed(self) -> bool:
         """Whether every fault that was made held all its expectations, and at least one was made."""
-        made = [row.passed for row in self.rows if row.passed is not None]
-        return bool(made) and all(made)
+        return _all_made(row.passed for row in self.rows)
 
     @property
     def counted(self) -> bool:
-        """As `passed`, by what was counted alone: what a machine that is busy with something else cannot change."""
-        made = [row for row in self.rows if row.left_out is None]
-        return bool(made) and all(row.checks and all(c.held or c.timed for c in row.checks) for row in made)
+        """As `passed`, by what was counted alone."""
+        return _all_made(row.counted for row in self.rows)
+
+
+def _all_made(held: Iterable[bool | None]) -> bool:
+    made = [one for one in held if one is not None]
+    return bool(made) and all(made)
 
 
 def write(suite: Suite, folder: Path) -> None:
