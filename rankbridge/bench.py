@@ -53,8 +53,8 @@ from workloads.contract.slo import BELOW_BEST_RUNG_SHARE, CANDIDATES_RANKED, End
 from workloads.contract.tensors import CONTEXT, HISTORY_LENGTH, RANKER, USER_TOWER
 from workloads.data.definitions import Touch
 from workloads.data.features import ItemTables, UserState, rank_features
-from workloads.data.fusion import Candidates
 from workloads.data.profiles import ProfilesDownError, ProfileStoreError, open_profiles
+from workloads.gateway.pipeline import as_arrays, count_for, of_state
 from workloads.gateway.simulator import Recorded
 from workloads.privacy.pseudonym import KeyFileError
 from workloads.privacy.vault import SqliteVault, VaultError
@@ -63,8 +63,6 @@ SCHEMA_VERSION: Final = 1
 GOAL_RATIO: Final = 1.3
 GOAL_OWN_P50_MS: Final = 1.5
 """Where the gateway is to get; a bench measures and fails nothing."""
-SPARE: Final = 2
-"""Candidates for each item of an answer, as the gateway asks for them."""
 REQUESTS: Final = 200
 ROUNDS: Final = 7
 TIMEOUT_S: Final = 10.0
@@ -267,21 +265,12 @@ def prepare(
             CandidatesQuery(
                 bundle=bundle.id,
                 kind="recommend",
-                history=state.items.tolist(),
-                history_strength=state.strength.tolist(),
-                history_age_hours=state.age_hours.tolist(),
-                context=state.context.tolist(),
-                count=max(CANDIDATES_RANKED, SPARE * asked.k),
+                **of_state(state),
+                count=count_for(asked.k, ranked_after=True),
                 exclude=[*state.bought_items.tolist(), *session],
             )
         )
-        found = find(query)
-        candidates = Candidates(
-            items=np.array(found.items, dtype=np.int32),
-            scores=np.array(found.scores, dtype=np.float32),
-            ann=np.array(found.ann, dtype=np.float32),
-            source=np.array(found.source, dtype=np.int32),
-        )
+        candidates = as_arrays(find(query))
         history = np.zeros(HISTORY_LENGTH, dtype=np.int64)
         recent = state.items[-HISTORY_LENGTH:]
         if len(recent):

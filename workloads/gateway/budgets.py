@@ -46,8 +46,3 @@ class TokenBudget:
         self._tokens -= 1.0
         self.taken += 1
         return True
-
-    def give_back(self) -> None:
-        """The call that was paid for was not made."""
-        self._tokens = min(self._tokens + 1.0, self._burst)
-        self.taken -= 1

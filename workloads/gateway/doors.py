@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 
+from workloads.bundle.session import open_session
 from workloads.contract.editions import Edition
 from workloads.contract.events import Event
 from workloads.contract.http import (
@@ -266,13 +266,8 @@ class StudentRanker:
 
     def __init__(self, path: Path) -> None:
         """Open `student.onnx`. Raises ValueError when it is not what `tensors.STUDENT` says."""
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.inter_op_num_threads = 1
-        options.enable_cpu_mem_arena = False
-        options.log_severity_level = 3
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._session = open_session(path)
         except Exception as error:  # its exceptions have no base class of their own
             raise ValueError(f"{path.name} cannot be opened by ONNX Runtime: {error}") from None
         wanted = [spec.name for spec in STUDENT.inputs]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -304,17 +304,13 @@ class Pipeline:
         """The retrieval's proposals. Raises DoorFault: no time, not to be called now, or not usable."""
         budget_ms = candidates_budget_ms(timer.deadline_ms, timer.spent_ms(), ranked_after=ranked_after)
         given = self._leave(self._retrieval_circuit, budget_ms)
-        state = question.state
         query = CandidatesQuery(
             bundle=self.bundle.id,
             delta=self.delta,
             kind=question.kind,
-            history=state.items.tolist(),
-            history_strength=state.strength.tolist(),
-            history_age_hours=state.age_hours.tolist(),
-            context=state.context.tolist(),
+            **of_state(question.state),
             query=question.query,
-            count=max(CANDIDATES_RANKED, SPARE * question.k) if ranked_after else SPARE * question.k,
+            count=count_for(question.k, ranked_after=ranked_after),
             exclude=question.exclude.tolist(),
         )
         try:
@@ -357,12 +353,7 @@ class Pipeline:
             )
             raise DoorFault(Reason.RETRIEVAL_OTHER_BUNDLE, detail)
         try:
-            candidates = Candidates(
-                items=np.array(answer.items, dtype=np.int32),
-                scores=np.array(answer.scores, dtype=np.float32),
-                ann=np.array(answer.ann, dtype=np.float32),
-                source=np.array(answer.source, dtype=np.int32),
-            )
+            candidates = as_arrays(answer)
         except OverflowError:
             raise DoorFault(Reason.RETRIEVAL_FAULT, "retrieval answered indices beyond any catalogue") from None
         items, source = candidates.items, candidates.source
@@ -398,6 +389,31 @@ class Pipeline:
             last = min(answer[-1].score, 0.0) if answer else 0.0
             answer += [RankedItem(item=ids[item], score=last, source="popular") for item in filled.tolist()]
         return answer
+
+
+def count_for(k: int, *, ranked_after: bool) -> int:
+    """How many candidates an answer of k items wants."""
+    return max(CANDIDATES_RANKED, SPARE * k) if ranked_after else SPARE * k
+
+
+def of_state(state: UserState) -> dict[str, Any]:
+    """The fields of a CandidatesQuery that say who asks."""
+    return {
+        "history": state.items.tolist(),
+        "history_strength": state.strength.tolist(),
+        "history_age_hours": state.age_hours.tolist(),
+        "context": state.context.tolist(),
+    }
+
+
+def as_arrays(answer: CandidatesAnswer) -> Candidates:
+    """What retrieval proposes. Raises OverflowError for indices beyond any catalogue."""
+    return Candidates(
+        items=np.array(answer.items, dtype=np.int32),
+        scores=np.array(answer.scores, dtype=np.float32),
+        ann=np.array(answer.ann, dtype=np.float32),
+        source=np.array(answer.source, dtype=np.int32),
+    )
 
 
 def _losses(bundle: Bundle) -> dict[tuple[Protocol | None, int], float]:

@@ -60,9 +60,12 @@ def refused(
     field: str | None = None,
     rule: str | None = None,
     remedy: str | None = None,
+    retry_after_s: int | None = None,
     headers: tuple[tuple[bytes, bytes], ...] = (),
 ) -> Refused:
-    """A refusal, ready to be raised."""
+    """A refusal, ready to be raised; with `retry_after_s` it says when to come again (RFC 9110, 10.2.3)."""
+    if retry_after_s is not None:
+        headers = (*headers, (b"retry-after", b"%d" % retry_after_s))
     problem = Problem(
         type=TYPES + kind, title=title, status=status, detail=detail, field=field, rule=rule, remedy=remedy
     )
@@ -191,15 +194,8 @@ def wrong_method(allowed: str) -> Refused:
 def bad_deadline() -> Refused:
     """400: the deadline header cannot be kept."""
     rule = f"a number of milliseconds from {DEADLINE_MIN_MS:g} to {DEADLINE_MAX_MS:g}"
-    return refused(
-        400,
-        "bad-deadline",
-        "The deadline cannot be read",
-        f"the header {DEADLINE_HEADER} is not {rule}",
-        field=DEADLINE_HEADER,
-        rule=rule,
-        remedy="send such a number, or leave the header out for the endpoint's own promise",
-    )
+    remedy = "send such a number, or leave the header out for the endpoint's own promise"
+    return _bad_header("deadline", DEADLINE_HEADER, rule, remedy)
 
 
 def bad_priority() -> Refused:
@@ -218,7 +214,7 @@ def bad_rung() -> Refused:
     return _bad_header("rung", RUNG_HEADER, f"a whole number from {min(Rung):d} to {max(Rung):d}")
 
 
-def _bad_header(what: str, header: str, rule: str) -> Refused:
+def _bad_header(what: str, header: str, rule: str, remedy: str | None = None) -> Refused:
     return refused(
         400,
         f"bad-{what}",
@@ -226,7 +222,7 @@ def _bad_header(what: str, header: str, rule: str) -> Refused:
         f"the header {header} is not {rule}",
         field=header,
         rule=rule,
-        remedy=f"send {rule}, or leave the header out",
+        remedy=remedy or f"send {rule}, or leave the header out",
     )
 
 
@@ -295,7 +291,7 @@ def no_profiles(retry_after_s: int = 1) -> Refused:
         "Profiles cannot be read now",
         "the store of profiles does not answer; recommendations go on without it",
         remedy=f"try again after {retry_after_s} s",
-        headers=((b"retry-after", str(retry_after_s).encode("ascii")),),
+        retry_after_s=retry_after_s,
     )
 
 
@@ -307,7 +303,7 @@ def over_share(retry_after_s: int) -> Refused:
         "More than this tenant's share",
         "the gateway is crowded, and this tenant has as many requests in it as its share is",
         remedy=f"try again after {retry_after_s} s",
-        headers=((b"retry-after", str(retry_after_s).encode("ascii")),),
+        retry_after_s=retry_after_s,
     )
 
 
@@ -319,7 +315,7 @@ def overloaded(retry_after_s: int = 1) -> Refused:
         "Too many requests at once",
         "the gateway serves as many requests as it takes at once",
         remedy=f"try again after {retry_after_s} s",
-        headers=((b"retry-after", str(retry_after_s).encode("ascii")),),
+        retry_after_s=retry_after_s,
     )
 
 
@@ -331,7 +327,7 @@ def no_edition(retry_after_s: int = 1) -> Refused:
         "Nothing is served yet",
         "no bundle has been brought to this site so far",
         remedy=f"try again after {retry_after_s} s; /readyz of the gateway and of the site's agent say what is missing",
-        headers=((b"retry-after", str(retry_after_s).encode("ascii")),),
+        retry_after_s=retry_after_s,
     )
 
 
@@ -390,7 +386,7 @@ def no_ranking(why: str, retry_after_s: int = 1) -> Refused:
         "Nothing is ranked for others now",
         why,
         remedy="rank at home, or answer from the student",
-        headers=((b"retry-after", str(retry_after_s).encode("ascii")),),
+        retry_after_s=retry_after_s,
     )
 
 
@@ -402,7 +398,7 @@ def not_acknowledged(why: str, retry_after_s: int = 1) -> Refused:
         "The events are not acknowledged",
         why,
         remedy="send the same events again; those that are on disk already are counted as duplicates",
-        headers=((b"retry-after", str(retry_after_s).encode("ascii")),),
+        retry_after_s=retry_after_s,
     )
 
 
@@ -414,7 +410,7 @@ def slow_down(why: str, retry_after_s: int) -> Refused:
         "Too many events for now",
         why,
         remedy=f"send the same events again after {retry_after_s} s",
-        headers=((b"retry-after", str(retry_after_s).encode("ascii")),),
+        retry_after_s=retry_after_s,
     )
 
 
@@ -426,7 +422,7 @@ def not_forgotten(retry_after_s: int = 1) -> Refused:
         "The person is not forgotten yet",
         "It cannot be written down now",
         remedy="ask again; nothing is lost by asking twice",
-        headers=((b"retry-after", str(retry_after_s).encode("ascii")),),
+        retry_after_s=retry_after_s,
     )
 
 

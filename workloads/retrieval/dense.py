@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
+from workloads.bundle.session import open_session
 from workloads.contract.tensors import Signature
 from workloads.data.fusion import Proposals
 
@@ -48,15 +49,8 @@ class OnnxTower:
     """A tower of the bundle under ONNX Runtime. Raises ModelFault when it is not what `signature` says."""
 
     def __init__(self, path: pathlib.Path, signature: Signature) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.inter_op_num_threads = 1
-        options.enable_cpu_mem_arena = False
-        options.log_severity_level = 3
         try:
-            self._session = onnxruntime.InferenceSession(
-                str(path), sess_options=options, providers=["CPUExecutionProvider"]
-            )
+            self._session = open_session(path)
         except Exception as error:  # its exceptions have no base class of their own
             raise ModelFault(f"{path.name} cannot be loaded: {error}") from error
         found = {spec.name for spec in self._session.get_inputs()}
