@@ -14,10 +14,10 @@ from typing import Final
 
 import msgspec
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from workloads.contract.tensors import RANKER_DENSE, RANKER_SPARSE
+from workloads.models import weights
 
 WEIGHTS_FILE: Final = "ranker.safetensors"
 CONFIG_FILE: Final = "ranker.json"
@@ -115,8 +115,7 @@ class Ranker(nn.Module):
 
 def save(model: Ranker, directory: Path) -> None:
     """Write weights and config into `directory`, which exists."""
-    directory.joinpath(CONFIG_FILE).write_bytes(msgspec.json.encode(model.config))
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, directory / WEIGHTS_FILE)
+    weights.save(model, model.config, directory / CONFIG_FILE, directory / WEIGHTS_FILE)
 
 
 def load(directory: Path) -> Ranker:
@@ -125,10 +124,4 @@ def load(directory: Path) -> Ranker:
     `forward(sparse, dense)` is as `contract.tensors.RANKER` says. Raises OSError or ValueError when
     files are missing or do not fit each other.
     """
-    config = msgspec.json.decode(directory.joinpath(CONFIG_FILE).read_bytes(), type=RankerConfig)
-    model = Ranker(config)
-    try:
-        model.load_state_dict(load_file(directory / WEIGHTS_FILE))
-    except RuntimeError as error:
-        raise ValueError(f"{directory / WEIGHTS_FILE}: {error}; train again") from None
-    return model.eval()
+    return weights.load(Ranker, RankerConfig, directory / CONFIG_FILE, directory / WEIGHTS_FILE)

@@ -16,10 +16,10 @@ from typing import Final
 
 import msgspec
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from workloads.contract.tensors import RANKER_DENSE, RANKER_SPARSE
+from workloads.models import weights
 
 WEIGHTS_FILE: Final = "student.safetensors"
 CONFIG_FILE: Final = "student.json"
@@ -82,8 +82,7 @@ class Student(nn.Module):
 
 def save(model: Student, directory: Path) -> None:
     """Write weights and config into `directory`, which exists."""
-    directory.joinpath(CONFIG_FILE).write_bytes(msgspec.json.encode(model.config))
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, directory / WEIGHTS_FILE)
+    weights.save(model, model.config, directory / CONFIG_FILE, directory / WEIGHTS_FILE)
 
 
 def load(directory: Path) -> Student:
@@ -92,10 +91,4 @@ def load(directory: Path) -> Student:
     `forward(sparse, dense)` is as `contract.tensors.STUDENT` says. Raises OSError or ValueError when
     files are missing or do not fit each other.
     """
-    config = msgspec.json.decode(directory.joinpath(CONFIG_FILE).read_bytes(), type=StudentConfig)
-    model = Student(config)
-    try:
-        model.load_state_dict(load_file(directory / WEIGHTS_FILE))
-    except RuntimeError as error:
-        raise ValueError(f"{directory / WEIGHTS_FILE}: {error}; train again") from None
-    return model.eval()
+    return weights.load(Student, StudentConfig, directory / CONFIG_FILE, directory / WEIGHTS_FILE)
