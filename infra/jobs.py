@@ -24,6 +24,8 @@ from workloads.contract.sites import PORTS, Listener
 
 HOME: Final = "/var/lib/rankbridge/home"
 TRAINING: Final = f"{HOME}/aws/training"
+ENGINES: Final = "/var/lib/rankbridge/engines"
+"""Of the job that builds TensorRT plans: fetched bundles, and what is made of them."""
 """Where the desk looks for what training and export make."""
 KEY: Final = "/var/run/rankbridge/publisher"
 NEVER: Final = "0 0 1 1 *"
@@ -284,26 +286,26 @@ class Jobs(pulumi.ComponentResource):
     def _engine(self, gpu_type: str) -> None:
         """A TensorRT plan of what the channel serves, for one GPU type: no other type can run it."""
         args = self._args
-        work = [mount("work", "/work")]
+        work = [mount("work", ENGINES)]
         fetch = self._step(
             "fetch",
             Image.AGENT,
             serving.module(
                 "agent",
                 *("fetch", "--channel", self._config.channel, "--models-bucket", args.models_bucket),
-                *("--trust", serving.TRUST_DIR, "--site-dir", "/work"),
+                *("--trust", serving.TRUST_DIR, "--site-dir", ENGINES),
             ),
             _LIGHT,
             AwsRole.TRAINER,
             mounts=[*work, mount("trust", serving.TRUST_DIR, read_only=True)],
         )
         script = (
-            "for model in /work/bundles/*/ranker.onnx; do "
-            f'out=/work/engines/$(basename "$(dirname "$model")")/{gpu_type}; mkdir -p "$out"; '
+            f"for model in {ENGINES}/bundles/*/ranker.onnx; do "
+            f'out={ENGINES}/plans/$(basename "$(dirname "$model")")/{gpu_type}; mkdir -p "$out"; '
             'trtexec --onnx="$model" --saveEngine="$out/ranker.plan" --fp16; done'
         )
         build = self._step("build", Image.TENSORRT, ["sh", "-ec", script], _HEAVY, None, mounts=work, gpu=True)
-        upload = self._upload("/work/engines", "candidates/engines", work)
+        upload = self._upload(f"{ENGINES}/plans", "candidates/engines", work)
         self._declare(
             _Job(
                 f"tensorrt-{gpu_type.replace('.', '-')}",
