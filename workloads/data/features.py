@@ -11,8 +11,9 @@ numpy only. It knows no file, clock or model; moments come in as milliseconds si
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +29,7 @@ from workloads.contract.tensors import (
     STRENGTH,
     FeatureSchema,
 )
-from workloads.data.fusion import Candidates, item_to_item_dense, touch_weights
+from workloads.data.fusion import Candidates, item_to_item_of, touch_weights
 from workloads.data.profiles import TOUCHES_MAX, Touch
 
 Ints = npt.NDArray[np.int32]
@@ -44,6 +45,18 @@ EVENT_TYPES: tuple[EventType, ...] = tuple(EventType)
 _STRENGTH_BY_CODE = np.array([STRENGTH.get(t, 0.0) for t in EVENT_TYPES], dtype=np.float32)
 _PURCHASE = EVENT_TYPES.index(EventType.PURCHASE)
 _SESSION_STRENGTH = STRENGTH[EventType.CLICK]
+_LOG_PLACES: Final = np.log1p(np.arange(1024)).astype(np.float32)
+_NEVER_TOUCHED: Final = np.log1p(np.array([[0.0], [0.0], [DAYS_NEVER], [0.0]], dtype=np.float32))
+"""log(1 + times, purchases, days since) and the share of an item that the user never touched, [4, 1]."""
+
+
+class ItemColumns(NamedTuple):
+    """Columns of the ranker's inputs that are the same for everybody, ready to be picked row by row."""
+
+    sparse: npt.NDArray[np.int64]
+    """The first three of RANKER_SPARSE, [N+1, 3]."""
+    popularity: Floats
+    """The three of RANKER_DENSE that say how popular an item is, [3, N+1]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +91,37 @@ class ItemTables:
                     f"item table {name!r} is {table.dtype} {table.shape}, expected {dtype} with {rows} rows of {shape}"
                 )
         return cls(**{name: arrays[name] for name in ITEM_TABLES})
+
+    @functools.cached_property
+    def categories(self) -> int:
+        """Rows of a table by category; 0 is unknown."""
+        return int(self.category.max(initial=0)) + 1
+
+    @functools.cached_property
+    def log_price(self) -> Floats:
+        """log(1 + price), [N+1]."""
+        return np.log1p(self.price)
+
+    def columns(self, known: int) -> ItemColumns:
+        """For the ranker that knows so many items; made at the first call."""
+        made = self._columns.get(known)
+        if made is None:
+            item = np.arange(len(self.category))
+            made = self._columns[known] = ItemColumns(
+                sparse=np.stack((np.where(item <= known, item, PAD), self.category, self.price_band), axis=1),
+                popularity=np.stack(
+                    (
+                        relative(self.popularity, known),
+                        relative(self.popularity_recent, known),
+                        np.sqrt(self.popularity_category),
+                    )
+                ),
+            )
+        return made
+
+    @functools.cached_property
+    def _columns(self) -> dict[int, ItemColumns]:
+        return {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,21 +288,12 @@ def stand_ins(items: Ints, neighbours: Ints, known: int) -> Ints:
 
 def category_affinity(state: UserState, tables: ItemTables) -> npt.NDArray[np.float64]:
     """The feature `category_share`: each category's share in the touches' weights, [categories + 1]; 0 is unknown."""
-    weight = touch_weights(state.strength, state.age_hours)
-    total = float(weight.sum()) or 1.0
-    categories = int(tables.category.max(initial=0)) + 1
-    share: npt.NDArray[np.float64] = (
-        np.bincount(tables.category[state.items], weights=weight, minlength=categories) / total
-    )
-    return share
+    return _affinity(state, tables, *_weights(state))
 
 
 def price_taste(state: UserState, tables: ItemTables) -> float:
     """The feature `price_taste`: mean log(1 + price) of the touches by their weights; NaN without any."""
-    if not len(state.items):
-        return float("nan")
-    weight = touch_weights(state.strength, state.age_hours)
-    return float(weight @ np.log1p(tables.price[state.items])) / (float(weight.sum()) or 1.0)
+    return _taste(state, tables, *_weights(state))
 
 
 def rank_features(
@@ -283,66 +318,58 @@ def raw_features(
     Items beyond `known` (None: all are known) are PAD to the ranker; as the last of a history they have stand-ins.
     """
     known = len(tables.popularity) - 1 if known is None else known
-    items = candidates.items
-    category = tables.category[items]
-    length = len(state.items)
+    of_items = tables.columns(known)
+    items, length = candidates.items, len(state.items)
     last = int(stand_ins(state.items[-1:], tables.neighbours, known)[0]) if length else PAD
-    weight = touch_weights(state.strength, state.age_hours)
-    total = float(weight.sum()) or 1.0
-    affinity = category_affinity(state, tables)
 
     sparse = np.empty((len(items), len(RANKER_SPARSE)), dtype=np.int64)
-    for column, values in zip(
-        sparse.T,
-        (
-            np.where(items <= known, items, PAD),
-            category,
-            tables.price_band[items],
-            last,
-            tables.category[state.items[-1]] if length else PAD,
-            candidates.source,
-        ),
-        strict=True,
-    ):
-        column[:] = values
+    sparse[:, :3] = of_items.sparse.take(items, axis=0)
+    sparse[:, 3] = last
+    sparse[:, 4] = tables.category[state.items[-1]] if length else PAD
+    sparse[:, 5] = candidates.source
 
-    price = np.log1p(tables.price[items])
-    taste = price_taste(state, tables)
-    touched, at = _places(items, state.items)
-    days = np.full(len(items), DAYS_NEVER, dtype=np.float32)
-    times, bought = np.zeros(len(items), dtype=np.float32), np.zeros(len(items), dtype=np.float32)
-    share = np.zeros(len(items), dtype=np.float32)
-    days[touched] = state.age_hours[at] / 24.0
-    times[touched], bought[touched] = state.count[at], state.bought[at]
-    share[touched] = weight[at] / total
-    to_item = item_to_item_dense(
-        state.items, state.strength, state.age_hours, tables.neighbours, tables.neighbour_scores
-    )[items]
-    age_days = np.maximum(state.now_ms - tables.first_seen_ms[items], 0) / DAY_MS
+    weight, total = _weights(state)
+    taste = _taste(state, tables, weight, total)
+    touched, at = _places(items, state.items, len(tables.category))
+    to_item = item_to_item_of(items, state.items, weight, tables.neighbours, tables.neighbour_scores)
+    # Column by column in memory, [F_d, C], which is how they are made.
+    dense = np.empty((len(RANKER_DENSE), len(items)), dtype=np.float32)
+    dense[0] = candidates.ann
+    dense[1] = candidates.scores
+    dense[2] = _LOG_PLACES[: len(items)] if len(items) <= len(_LOG_PLACES) else np.log1p(np.arange(len(items)))
+    np.log1p(to_item, out=dense[3])
+    of_items.popularity.take(items, axis=1, out=dense[4:7], mode="clip")
+    dense[7] = np.log1p(np.maximum(state.now_ms - tables.first_seen_ms[items], 0) / DAY_MS)
+    price = dense[8] = tables.log_price[items]
+    dense[9] = price - taste if taste == taste else 0.0  # noqa: PLR0124 - NaN: no history, no taste
+    dense[10] = _affinity(state, tables, weight, total)[sparse[:, 1]]
+    dense[11:15] = _NEVER_TOUCHED
+    dense[11, touched] = np.log1p(state.count[at])
+    dense[12, touched] = np.log1p(state.bought[at])
+    dense[13, touched] = np.log1p(state.age_hours[at] / np.float32(24.0))
+    dense[14, touched] = weight[at] / total
+    dense[15] = np.log1p(length)
+    dense[16:] = state.context[:, None]
+    return sparse, np.ascontiguousarray(dense.T)
 
-    dense = np.empty((len(items), len(RANKER_DENSE)), dtype=np.float32)
-    columns: tuple[npt.ArrayLike, ...] = (
-        candidates.ann,
-        candidates.scores,
-        np.log1p(np.arange(len(items))),
-        np.log1p(to_item),
-        relative(tables.popularity[items], known),
-        relative(tables.popularity_recent[items], known),
-        np.sqrt(tables.popularity_category[items]),
-        np.log1p(age_days),
-        price,
-        price - taste if taste == taste else 0.0,  # noqa: PLR0124 - NaN: no history, no taste
-        affinity[category],
-        np.log1p(times),
-        np.log1p(bought),
-        np.log1p(days),
-        share,
-        np.log1p(length),
-        *state.context,
+
+def _weights(state: UserState) -> tuple[Floats, float]:
+    """What each touch says now, [n], and all together; 1 for nothing at all, to divide by."""
+    weight = touch_weights(state.strength, state.age_hours)
+    return weight, float(weight.sum()) or 1.0
+
+
+def _affinity(state: UserState, tables: ItemTables, weight: Floats, total: float) -> npt.NDArray[np.float64]:
+    share: npt.NDArray[np.float64] = (
+        np.bincount(tables.category[state.items], weights=weight, minlength=tables.categories) / total
     )
-    for place, values in enumerate(columns):
-        dense[:, place] = values
-    return sparse, dense
+    return share
+
+
+def _taste(state: UserState, tables: ItemTables, weight: Floats, total: float) -> float:
+    if not len(state.items):
+        return float("nan")
+    return float(weight @ tables.log_price[state.items]) / total
 
 
 def price_bands(price: Floats, edges: npt.ArrayLike) -> Ints:
@@ -351,15 +378,13 @@ def price_bands(price: Floats, edges: npt.ArrayLike) -> Ints:
     return np.where(price > 0, bands, 0).astype(np.int32)
 
 
-def _places(items: Ints, among: Ints) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.intp]]:
-    """Which of `items` are in `among`, and for those their place in it."""
-    if not len(among):
-        return np.zeros(len(items), dtype=np.bool_), np.empty(0, dtype=np.intp)
-    order = np.argsort(among)
-    at = np.minimum(np.searchsorted(among, items, sorter=order), len(among) - 1)
-    place = order[at]
-    found = among[place] == items
-    return found, place[found]
+def _places(items: Ints, among: Ints, of: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Where in `items` those are that are in `among` too, and their places there; all are below `of`."""
+    place = np.zeros(of, dtype=np.intp)  # as in `fusion.item_to_item_of`
+    place[among] = np.arange(1, len(among) + 1)
+    at = place.take(items)
+    touched = at.nonzero()[0]
+    return touched, at[touched] - 1
 
 
 def item_inputs(
