@@ -66,13 +66,13 @@ FEATURES: Final[tuple[Feature, ...]] = (
     Feature(
         name="category_share",
         entity="user",
-        aggregation="share of each category in the touches' weights (features.category_affinity)",
+        aggregation="share of each category in the touches' weights (features.Taste.affinity)",
         dtype="list<float32>",
     ),
     Feature(
         name="price_taste",
         entity="user",
-        aggregation="mean log price of the touches by their weights (features.price_taste)",
+        aggregation="mean log price of the touches by their weights (features.Taste.log_price)",
         dtype="float32",
     ),
     Feature(name="people", entity="item", aggregation="count distinct user", dtype="int32"),

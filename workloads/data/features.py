@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -45,6 +48,7 @@ EVENT_TYPES: tuple[EventType, ...] = tuple(EventType)
 _STRENGTH_BY_CODE = np.array([STRENGTH.get(t, 0.0) for t in EVENT_TYPES], dtype=np.float32)
 _PURCHASE = EVENT_TYPES.index(EventType.PURCHASE)
 _SESSION_STRENGTH = STRENGTH[EventType.CLICK]
+_LAST_THEN_ITEM = operator.itemgetter(4, 0)
 _LOG_PLACES: Final = np.log1p(np.arange(1024)).astype(np.float32)
 _NEVER_TOUCHED: Final = np.log1p(np.array([[0.0], [0.0], [DAYS_NEVER], [0.0]], dtype=np.float32))
 """log(1 + times, purchases, days since) and the share of an item that the user never touched, [4, 1]."""
@@ -155,18 +159,22 @@ class UserState:
         `index` maps item ids to indices of the bundle; ids it does not know are left out. A session
         item counts as one more click, just now.
         """
-        known = {index[t.item]: t for t in touches if t.item in index}
         clicks: dict[int, int] = {}
         for item in session_history:
             at = index.get(item)
             if at is not None:
                 clicks[at] = clicks.pop(at, 0) + 1  # popped and put back: the last click decides the order
+        known: dict[int, Touch] = {}
+        for touch in touches:
+            at = index.get(touch.item)
+            if at is not None:
+                known[at] = touch
         rows = [
             (at, STRENGTH.get(t.type, _SESSION_STRENGTH), t.count, t.bought, t.last_ms)
             for at, t in known.items()
             if at not in clicks
         ]
-        rows.sort(key=lambda row: (row[4], row[0]))
+        rows.sort(key=_LAST_THEN_ITEM)
         for at, times in clicks.items():
             before = known.get(at)
             if before is None:
@@ -174,7 +182,8 @@ class UserState:
             else:
                 base = STRENGTH.get(before.type, _SESSION_STRENGTH)
                 rows.append((at, base, before.count + times, before.bought, now_ms))
-        return cls._from_rows(np.array(rows[-TOUCHES_MAX:], dtype=np.float64).reshape(-1, 5), now_ms)
+        flat = itertools.chain.from_iterable(rows[-TOUCHES_MAX:])
+        return cls._from_rows(np.fromiter(flat, dtype=np.float64).reshape(-1, 5), now_ms)
 
     @classmethod
     def from_events(
@@ -286,105 +295,116 @@ def stand_ins(items: Ints, neighbours: Ints, known: int) -> Ints:
     return models_items
 
 
-def category_affinity(state: UserState, tables: ItemTables) -> npt.NDArray[np.float64]:
-    """The feature `category_share`: each category's share in the touches' weights, [categories + 1]; 0 is unknown."""
-    return _affinity(state, tables, *_weights(state))
+class Taste(NamedTuple):
+    """What a state says by itself, with the catalogue, whatever the candidates are."""
 
-
-def price_taste(state: UserState, tables: ItemTables) -> float:
+    weight: Floats
+    """What each touch says now, `fusion.touch_weights`, [n]."""
+    total: float
+    """All weights together; 1 for nothing at all, to divide by."""
+    affinity: npt.NDArray[np.float64]
+    """The feature `category_share`: each category's share in the touches' weights, [categories]; 0 is unknown."""
+    log_price: float
     """The feature `price_taste`: mean log(1 + price) of the touches by their weights; NaN without any."""
-    return _taste(state, tables, *_weights(state))
+    last: tuple[int, int]
+    """The item touched last, or what stands for it, and its category."""
+    near: Ints
+    """The neighbours of all touches, [n * NEIGHBOURS]."""
+    gains: npt.NDArray[np.float64]
+    """What each of them gains by it."""
+    place: npt.NDArray[np.intp]
+    """For each item [N+1] its place among the touches, from 1; 0 for one that was not touched."""
+
+    @classmethod
+    def of(cls, state: UserState, tables: ItemTables, known: int) -> Taste:
+        """For models that know items 1 to `known`."""
+        items, length = state.items, len(state.items)
+        weight = touch_weights(state.strength, state.age_hours)
+        total = float(weight.sum()) or 1.0
+        place = np.zeros(len(tables.category), dtype=np.intp)  # as in `fusion.item_to_item_of`
+        place[items] = np.arange(1, length + 1)
+        return cls(
+            weight=weight,
+            total=total,
+            affinity=np.bincount(tables.category[items], weights=weight, minlength=tables.categories) / total,
+            log_price=float(weight @ tables.log_price[items]) / total if length else float("nan"),
+            last=(
+                (int(stand_ins(items[-1:], tables.neighbours, known)[0]), int(tables.category[items[-1]]))
+                if length
+                else (PAD, PAD)
+            ),
+            near=tables.neighbours.take(items, axis=0).ravel(),
+            gains=(tables.neighbour_scores.take(items, axis=0) * weight[:, None]).ravel().astype(np.float64),
+            place=place,
+        )
 
 
 def rank_features(
-    state: UserState, candidates: Candidates, tables: ItemTables, schema: FeatureSchema
+    state: UserState, candidates: Candidates, tables: ItemTables, schema: FeatureSchema, taste: Taste | None = None
 ) -> tuple[npt.NDArray[np.int64], Floats]:
     """The ranker's inputs for one request: sparse int64 [C, F_s] and dense float32 [C, F_d], standardised.
 
     Row c is candidate c; columns as `RANKER_SPARSE` and `RANKER_DENSE` say. `tables` may have more items than
-    the schema, which came with deltas: the ranker reads all about them but which they are.
+    the schema, which came with deltas: the ranker reads all about them but which they are. `taste` is that of the
+    state, where it was made already.
     """
-    sparse, dense = raw_features(state, candidates, tables, known=schema.items)
+    sparse, dense = raw_features(state, candidates, tables, known=schema.items, taste=taste)
     dense -= np.asarray(schema.dense_mean, dtype=np.float32)
     dense /= np.asarray(schema.dense_scale, dtype=np.float32)
     return sparse, dense
 
 
 def raw_features(
-    state: UserState, candidates: Candidates, tables: ItemTables, *, known: int | None = None
+    state: UserState,
+    candidates: Candidates,
+    tables: ItemTables,
+    *,
+    known: int | None = None,
+    taste: Taste | None = None,
 ) -> tuple[npt.NDArray[np.int64], Floats]:
     """`rank_features` before standardisation: what training fits the schema's mean and scale on.
 
     Items beyond `known` (None: all are known) are PAD to the ranker; as the last of a history they have stand-ins.
     """
     known = len(tables.popularity) - 1 if known is None else known
+    taste = Taste.of(state, tables, known) if taste is None else taste
     of_items = tables.columns(known)
-    items, length = candidates.items, len(state.items)
-    last = int(stand_ins(state.items[-1:], tables.neighbours, known)[0]) if length else PAD
+    items = candidates.items
 
     sparse = np.empty((len(items), len(RANKER_SPARSE)), dtype=np.int64)
     sparse[:, :3] = of_items.sparse.take(items, axis=0)
-    sparse[:, 3] = last
-    sparse[:, 4] = tables.category[state.items[-1]] if length else PAD
+    sparse[:, 3:5] = taste.last
     sparse[:, 5] = candidates.source
 
-    weight, total = _weights(state)
-    taste = _taste(state, tables, weight, total)
-    touched, at = _places(items, state.items, len(tables.category))
-    to_item = item_to_item_of(items, state.items, weight, tables.neighbours, tables.neighbour_scores)
+    at = taste.place.take(items)
+    touched = at.nonzero()[0]
+    at = at[touched] - 1
     # Column by column in memory, [F_d, C], which is how they are made.
     dense = np.empty((len(RANKER_DENSE), len(items)), dtype=np.float32)
     dense[0] = candidates.ann
     dense[1] = candidates.scores
     dense[2] = _LOG_PLACES[: len(items)] if len(items) <= len(_LOG_PLACES) else np.log1p(np.arange(len(items)))
-    np.log1p(to_item, out=dense[3])
+    np.log1p(item_to_item_of(items, taste.near, taste.gains, len(taste.place)), out=dense[3])
     of_items.popularity.take(items, axis=1, out=dense[4:7], mode="clip")
-    dense[7] = np.log1p(np.maximum(state.now_ms - tables.first_seen_ms[items], 0) / DAY_MS)
-    price = dense[8] = tables.log_price[items]
-    dense[9] = price - taste if taste == taste else 0.0  # noqa: PLR0124 - NaN: no history, no taste
-    dense[10] = _affinity(state, tables, weight, total)[sparse[:, 1]]
+    dense[7] = np.log1p(np.maximum(state.now_ms - tables.first_seen_ms.take(items), 0) / DAY_MS)
+    price = dense[8] = tables.log_price.take(items)
+    dense[9] = 0.0 if math.isnan(taste.log_price) else price - taste.log_price
+    dense[10] = taste.affinity.take(sparse[:, 1])
     dense[11:15] = _NEVER_TOUCHED
-    dense[11, touched] = np.log1p(state.count[at])
-    dense[12, touched] = np.log1p(state.bought[at])
-    dense[13, touched] = np.log1p(state.age_hours[at] / np.float32(24.0))
-    dense[14, touched] = weight[at] / total
-    dense[15] = np.log1p(length)
+    if len(touched):
+        dense[11, touched] = np.log1p(state.count[at])
+        dense[12, touched] = np.log1p(state.bought[at])
+        dense[13, touched] = np.log1p(state.age_hours[at] / np.float32(24.0))
+        dense[14, touched] = taste.weight[at] / taste.total
+    dense[15] = math.log1p(len(state.items))
     dense[16:] = state.context[:, None]
     return sparse, np.ascontiguousarray(dense.T)
-
-
-def _weights(state: UserState) -> tuple[Floats, float]:
-    """What each touch says now, [n], and all together; 1 for nothing at all, to divide by."""
-    weight = touch_weights(state.strength, state.age_hours)
-    return weight, float(weight.sum()) or 1.0
-
-
-def _affinity(state: UserState, tables: ItemTables, weight: Floats, total: float) -> npt.NDArray[np.float64]:
-    share: npt.NDArray[np.float64] = (
-        np.bincount(tables.category[state.items], weights=weight, minlength=tables.categories) / total
-    )
-    return share
-
-
-def _taste(state: UserState, tables: ItemTables, weight: Floats, total: float) -> float:
-    if not len(state.items):
-        return float("nan")
-    return float(weight @ tables.log_price[state.items]) / total
 
 
 def price_bands(price: Floats, edges: npt.ArrayLike) -> Ints:
     """Band of each price: 1 for up to `edges[0]`, ..., len(edges) + 1 above the last; 0 where it is 0 (unknown)."""
     bands = np.searchsorted(np.asarray(edges, dtype=np.float32), price, side="left") + 1
     return np.where(price > 0, bands, 0).astype(np.int32)
-
-
-def _places(items: Ints, among: Ints, of: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Where in `items` those are that are in `among` too, and their places there; all are below `of`."""
-    place = np.zeros(of, dtype=np.intp)  # as in `fusion.item_to_item_of`
-    place[among] = np.arange(1, len(among) + 1)
-    at = place.take(items)
-    touched = at.nonzero()[0]
-    return touched, at[touched] - 1
 
 
 def item_inputs(

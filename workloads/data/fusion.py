@@ -181,25 +181,14 @@ def item_to_item_dense(
     return total
 
 
-def item_to_item_of(
-    items: Ids,
-    history: npt.NDArray[np.integer[Any]],
-    weights: Scores,
-    neighbours: Ids,
-    neighbour_scores: Scores,
-) -> Scores:
+def item_to_item_of(items: Ids, near: npt.NDArray[np.integer[Any]], gains: npt.NDArray[np.float64], of: int) -> Scores:
     """`item_to_item_dense` of some items [C] alone, none of them PAD or there twice: no sum over a whole catalogue.
 
-    `weights` [n] are the history's `touch_weights`.
+    `near` are the neighbours of the whole history in a row and `gains` what each adds; all items are below `of`.
     """
-    slot = np.zeros(len(neighbours), dtype=np.intp)  # pages of it that nobody touches are never made
+    slot = np.zeros(of, dtype=np.intp)  # pages of it that nobody touches are never made
     slot[items] = np.arange(1, len(items) + 1)
-    total = np.bincount(
-        slot.take(neighbours.take(history, axis=0).ravel()),
-        weights=(neighbour_scores.take(history, axis=0) * weights[:, None]).ravel(),
-        minlength=len(items) + 1,
-    )
-    return total[1:].astype(np.float32)
+    return np.bincount(slot.take(near), weights=gains, minlength=len(items) + 1)[1:].astype(np.float32)
 
 
 def history_scores(

@@ -143,6 +143,8 @@ class Response(NamedTuple):
     body: bytes
     headers: tuple[Header, ...] = (_JSON,)
     status: int = 200
+    counted: Callable[[], None] | None = None
+    """Tells the metrics about it, once it is on its way: nobody need wait for that."""
 
 
 class Gateway:
@@ -310,12 +312,17 @@ class Gateway:
             with log.request_context(request_id):
                 _logger.exception("request failed", path=self._label(path))
             response = _problem(problems.broken())
-        self._metrics.response(self._label(path), response.status)
         more = [*response.headers, (_REQUEST_ID, request_id.encode("ascii"))]
         if response.status != HTTPStatus.NO_CONTENT:  # which has no length (RFC 9110, 8.6)
             more.append((b"content-length", b"%d" % len(response.body)))
         await send({"type": "http.response.start", "status": response.status, "headers": more})
         await send({"type": "http.response.body", "body": response.body})
+        asyncio.get_running_loop().call_soon(self._count, path, response)
+
+    def _count(self, path: str, response: Response) -> None:
+        self._metrics.response(self._label(path), response.status)
+        if response.counted is not None:
+            response.counted()
 
     def _label(self, path: str) -> str:
         """The path as a metric's label: those that are not ours would be as many series as a stranger likes."""
@@ -436,13 +443,17 @@ class Gateway:
         name, metrics, timer = call.endpoint.value, self._metrics, call.timer
         body = _encode(ItemsAnswer(request_id=call.request_id, items=items, served=served))
         total = timer.spent_ms()
-        for stage, spent in served.stages_ms.items():
-            metrics.stage(name, stage, spent)
-        metrics.stage(name, "own", total - timer.waited_ms())
-        metrics.request(name, total)
-        metrics.answer(name, served.rung, served.reason)
+
+        def counted() -> None:
+            for stage, spent in served.stages_ms.items():
+                metrics.stage(name, stage, spent)
+            metrics.stage(name, "own", total - timer.waited_ms())
+            metrics.request(name, total)
+            metrics.answer(name, served.rung, served.reason)
+
         timing = ", ".join([f"{stage};dur={spent}" for stage, spent in served.stages_ms.items()])
-        return Response(body, (_JSON, (b"server-timing", f"{timing}, total;dur={total:.3f}".encode("ascii"))))
+        headers = (_JSON, (b"server-timing", f"{timing}, total;dur={total:.3f}".encode("ascii")))
+        return Response(body, headers, counted=counted)
 
     async def _events(self, call: Call) -> Response:
         events = await self._edge.events(_decoded(self._decode_events, call.body).events)

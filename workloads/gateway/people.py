@@ -17,7 +17,7 @@ from workloads.bundle.store import Bundle
 from workloads.contract.http import BackendState, CategoryInterest, ProfileAnswer
 from workloads.contract.tensors import PAD
 from workloads.data.definitions import DAY_MS, Touch
-from workloads.data.features import ItemTables, UserState, category_affinity
+from workloads.data.features import ItemTables, Taste, UserState
 from workloads.data.profiles import Profile, ProfilesDownError, ProfileStore
 from workloads.gateway import problems
 from workloads.gateway.identity import Forgetting
@@ -123,7 +123,7 @@ def profile_answer(
 ) -> ProfileAnswer:
     """`ProfileAnswer` of touches, the longest ago first, and the state made of them, by what the ranker reads."""
     bundle, tables = catalogue
-    shares = category_affinity(state, tables)
+    shares = Taste.of(state, tables, bundle.features.items).affinity
     shares[PAD] = 0.0
     total = float(shares.sum()) or 1.0
     last_ms = np.zeros(len(shares), dtype=np.int64)

@@ -8,7 +8,9 @@ come in as pseudonyms. HTTP, JSON and raw ids are not known here.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
@@ -30,7 +32,7 @@ from workloads.contract.quality import Protocol
 from workloads.contract.slo import CANDIDATES_RANKED, Endpoint, Rung, Stage
 from workloads.contract.tensors import PAD
 from workloads.data.definitions import Touch
-from workloads.data.features import ItemTables, UserState, rank_features
+from workloads.data.features import ItemTables, Taste, UserState, rank_features
 from workloads.data.fusion import Candidates
 from workloads.gateway import rules
 from workloads.gateway.doors import DoorFault, Retrieval
@@ -262,6 +264,10 @@ class Pipeline:
         timer.lap(Stage.FEATURES)
         if aim >= Rung.TRADITIONAL:
             return self._plain(question, timer, lowered)
+        # While retrieval works: what is called soon runs once this request waits for it.
+        taste = functools.cache(functools.partial(Taste.of, question.state, self.tables, self.bundle.features.items))
+        if ranks(aim):
+            asyncio.get_running_loop().call_soon(taste)
         try:
             candidates = await self._candidates(question, timer, ranked_after=ranks(aim))
         except DoorFault as fault:
@@ -270,7 +276,7 @@ class Pipeline:
             timer.lap(Stage.CANDIDATES)
         if not ranks(aim):
             return Course(candidates, candidates.scores, aim, lowered)
-        sparse, dense = rank_features(question.state, candidates, self.tables, self.bundle.features)
+        sparse, dense = rank_features(question.state, candidates, self.tables, self.bundle.features, taste())
         timer.lap(Stage.FEATURES)
         try:
             left_ms = rank_budget_ms(timer.deadline_ms, timer.spent_ms())

@@ -9,8 +9,9 @@ candidate, only rows of features, and no edition but by the doors that it was gi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
-from typing import Final, NamedTuple, Protocol
+import contextlib
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -224,23 +225,34 @@ class Ranking:
         left_out.append(choice.route)
         if choice.hedge_after_ms >= choice.budget_ms:
             return await self._timed(ticket, sparse, dense), choice.route
-        calls: dict[asyncio.Future[npt.NDArray[np.float32]], Route] = {}
-        calls[asyncio.ensure_future(self._timed(ticket, sparse, dense))] = choice.route
+        second = _Second()
+
+        def hedge() -> None:
+            now = self._clock.now_s()
+            left_ms = choice.left_ms - (now - ticket.began_s) * 1000.0
+            other = self._router.hedge(ticket, left_ms, now, left_out)
+            if other is None:
+                return
+            left_out.append(other.route)
+            self._watch.hedge(other.route.site)
+            second.start(self._timed(self._router.began(other, now), sparse, dense), other.route)
+
+        timer = asyncio.get_running_loop().call_later(choice.hedge_after_ms / 1000.0, hedge)
         try:
-            await asyncio.wait(calls, timeout=choice.hedge_after_ms / 1000.0)
-            if not next(iter(calls)).done():
-                now = self._clock.now_s()
-                left_ms = choice.left_ms - (now - ticket.began_s) * 1000.0
-                second = self._router.hedge(ticket, left_ms, now, left_out)
-                if second is not None:
-                    left_out.append(second.route)
-                    self._watch.hedge(second.route.site)
-                    beside = self._router.began(second, now)
-                    calls[asyncio.ensure_future(self._timed(beside, sparse, dense))] = second.route
-            return await _first_answered(calls)
+            # The first call is no task of its own: most answers come with nothing beside it, and wait for nobody.
+            async with asyncio.timeout(None) as second.beaten:
+                return await self._timed(ticket, sparse, dense), choice.route
+        except TimeoutError:
+            return await second.answer()
+        except DoorFault as fault:
+            if second.call is None:
+                raise
+            with contextlib.suppress(DoorFault):
+                return await second.answer()
+            raise fault from None  # the first that was met
         finally:
-            for call in calls:
-                call.cancel()
+            timer.cancel()
+            second.end()
 
     async def _timed(
         self, ticket: Ticket, sparse: npt.NDArray[np.int64], dense: npt.NDArray[np.float32]
@@ -284,15 +296,37 @@ class Ranking:
         return Outcome.LATE if fault.reason in _LATE else Outcome.FAILED
 
 
-async def _first_answered(
-    calls: Mapping[asyncio.Future[npt.NDArray[np.float32]], Route],
-) -> tuple[npt.NDArray[np.float32], Route]:
-    """The first answer of several calls; when all have failed, the fault of the first call."""
-    pending = set(calls)
-    while pending:
-        done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-        answered = [call for call in done if call.exception() is None]
-        if answered:
-            return answered[0].result(), calls[answered[0]]
-    await next(iter(calls))
-    raise AssertionError("a call that failed has its fault")
+class _Second:
+    """The call beside a first one, if there is any: its answer ends the wait for the first."""
+
+    def __init__(self) -> None:
+        self.beaten: asyncio.Timeout | None = None
+        """Runs out, at once, when this call has answered before the first."""
+        self.call: asyncio.Task[npt.NDArray[np.float32]] | None = None
+        self._route: Route | None = None
+        self._over = False
+
+    def start(self, call: Coroutine[Any, Any, npt.NDArray[np.float32]], route: Route) -> None:
+        """Make the call."""
+        self._route = route
+        self.call = asyncio.get_running_loop().create_task(call)
+        self.call.add_done_callback(self._done)
+
+    async def answer(self) -> tuple[npt.NDArray[np.float32], Route]:
+        """What it brings. Raises DoorFault; there must be a call."""
+        self._over = True
+        if self.call is None or self._route is None:
+            raise AssertionError("nobody was called")
+        return await self.call, self._route
+
+    def end(self) -> None:
+        """Call it off, where it is still out."""
+        self._over = True
+        if self.call is not None:
+            self.call.cancel()
+
+    def _done(self, call: asyncio.Task[npt.NDArray[np.float32]]) -> None:
+        # Asked for its fault, whether anybody cares or not: one that nobody asks about would be reported.
+        if call.cancelled() or call.exception() is not None or self._over or self.beaten is None:
+            return
+        self.beaten.reschedule(asyncio.get_running_loop().time())

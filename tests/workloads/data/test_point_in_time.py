@@ -265,7 +265,7 @@ def test_every_declared_feature_of_events_is_computed_and_the_catalogues_are_not
         "user": set(touches_at(log, asked("user", USERS, MOMENT)).columns),
         "item": set(items_at(log, asked("item", ITEMS, MOMENT)).columns),
     }
-    derived = {"category_share", "price_taste"}  # of the touches, with the catalogue: features.UserTaste
+    derived = {"category_share", "price_taste"}  # of the touches, with the catalogue: features.Taste
     for feature in FEATURES:
         if feature.name not in derived:
             assert (feature.name in columns[feature.entity]) == bool(feature.events), feature.name

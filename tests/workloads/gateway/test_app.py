@@ -331,6 +331,7 @@ async def test_metrics_count_what_was_answered_by_endpoint_stage_and_rung(
     await client.post("/v1/recommend", json={"k": 0})
     for number in range(5):
         await client.get(f"/somewhere/{number}")
+    await asyncio.sleep(0)  # counted once the answer is on its way
     text = (await client.get("/metrics")).text
     assert counted('rankbridge_answers_total{endpoint="/v1/recommend",reason="",rung="1"}') == 3
     assert counted('rankbridge_responses_total{endpoint="/v1/recommend",status="200"}') == 3

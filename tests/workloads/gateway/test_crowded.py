@@ -127,6 +127,7 @@ async def test_who_comes_while_the_loop_reads_is_turned_away_before_there_is_wor
         b"rankbridge-request-id": b"mine",
     }
     assert json.loads(body)["type"] == "/problems/overloaded"
+    await asyncio.sleep(0)  # counted once the answer is on its way
     assert counted('rankbridge_sheds_total{priority="normal",reason="overloaded"}') == 1
     assert counted('rankbridge_responses_total{endpoint="/v1/recommend",status="503"}') == 1
     # Nothing that is not about room is decided there, and nothing is refused that needs none.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -159,6 +160,7 @@ async def test_a_lost_store_is_a_cold_start_that_says_so_and_is_not_asked_by_eve
     profiles.fault = "redis at 127.0.0.1:6379: connection refused"
     answer = await recommend(client, user=user)
     assert (answer.served.rung, answer.served.reason) == (1, "profiles_down")
+    await asyncio.sleep(0)  # counted once the answer is on its way
     assert counted('rankbridge_answers_total{endpoint="/v1/recommend",reason="profiles_down",rung="1"}') == 1
     assert faults == [Reason.PROFILES_DOWN]
     refused = await client.get(at(user))
