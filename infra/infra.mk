@@ -42,11 +42,11 @@ lock-infra: setup ## resolve requirements/{localstack,policy}.in anew, with hash
 	  $(if $(UPGRADE),--upgrade) requirements/localstack.in -o requirements/localstack.txt
 
 # cloud-init is wanted for its schema check only, and must never set this machine up.
-infra-tools: ## Debian packages that the tests call: checkers, redis-server, strace (root; throw-away machines)
+infra-tools: ## Debian packages that the tests call: checkers, redis-server, strace, faketime (root; throw-away machines)
 	@mkdir -p /etc/cloud && touch /etc/cloud/cloud-init.disabled
 	@apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
 	  shellcheck nftables frr strongswan-swanctl charon-systemd libstrongswan-standard-plugins \
-	  libcharon-extra-plugins cloud-init prometheus redis-server strace
+	  libcharon-extra-plugins cloud-init prometheus redis-server strace faketime
 
 .PHONY: cluster-tools test-cluster
 

@@ -24,7 +24,7 @@ from rankbridge.drills.evidence import (
     says,
 )
 from rankbridge.drills.fault import Fault, Load, Need, Script
-from rankbridge.drills.scene import BadBundle, Scene, StoreFault
+from rankbridge.drills.scene import IN_ALL, OWN_CLOCK, BadBundle, Scene, StoreFault
 from rankbridge.faults import DeskError
 from rankbridge.link import Direction, Shape
 from rankbridge.roles import Role
@@ -47,6 +47,7 @@ _HOME: Final = HOME.name.value
 _OVERLOAD: Final = ((5.0, 2.0), (5.0, 5.0), (6.0, 10.0))
 _BEFORE_S: Final = 5.0
 _UNLOADED: Final = Load(share=0.3)
+_HOUR_S: Final = 3600
 
 
 def link(*shapes: tuple[Shape, int | None]) -> Script:
@@ -94,6 +95,23 @@ def store(fault: StoreFault) -> Script:
         scene.store(StoreFault.NONE)
 
     return script
+
+
+def clock(site: SiteName) -> Script:
+    """A site's clock is an hour off, to either side."""
+
+    def script(scene: Scene, during_s: float) -> Iterator[float]:
+        for off_s in (_HOUR_S, -_HOUR_S):
+            scene.set_clock(site, off_s)
+            yield during_s / 2
+        scene.set_clock(site, 0)
+
+    return script
+
+
+def own_clock(site: SiteName) -> Callable[[Scene], None]:
+    """What `clock` needs beforehand."""
+    return lambda scene: scene.give_clock(site)
 
 
 def publish(what: BadBundle) -> Script:
@@ -433,12 +451,18 @@ FAULTS: Final[tuple[Fault, ...]] = (
         load=_UNLOADED,
         needs=(Need.CLOUD,),
     ),
-    Fault(
-        "F21-clock",
-        "clock an hour off",
-        "a process starts under libfaketime",
-        None,
-        absent="the kernel cannot shift one site's clock and libfaketime is not installed",
+    *(
+        Fault(
+            f"F21-clock-{site.value}",
+            f"{site.value}'s clock an hour before, then an hour behind",
+            "its processes, Triton's server apart, run under libfaketime, which reads its offset from a file",
+            clock(site),
+            (refuses_nobody(), late_at_most(0.01), recovers_within(3.0), fact(OWN_CLOCK, IN_ALL)),
+            load=Load(share=0.3, aws_share=0.25),
+            prepare=own_clock(site),
+            needs=(Need.CLOCK,),
+        )
+        for site in SiteName
     ),
     Fault(
         "F21-dns",

@@ -22,6 +22,7 @@ class Need(enum.StrEnum):
     CLOUD = "an object store that the sites follow (`make localstack-install`)"
     RIG = "real tunnels between namespaces (root, and the rig's packages)"
     TUNNELS = "two tunnels between the sites"
+    CLOCK = "libfaketime (Debian's `faketime`: make system-tools)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Fault:
     """What the steps themselves take, on a busy machine; the load lasts so much longer."""
     requests: int = 0
     """So many at the least; the fault lasts longer for them."""
+    prepare: Callable[[Scene], None] | None = None
+    """What is done before the load begins; the ground undoes it when it is restored."""
     needs: tuple[Need, ...] = ()
     absent: str = ""
 

@@ -6,7 +6,7 @@ A fault is a script over this door. It knows no process ids and no addresses; `r
 from __future__ import annotations
 
 import enum
-from typing import Protocol
+from typing import Final, Protocol
 
 from rankbridge.link import FakeLink, Link
 from rankbridge.roles import Role
@@ -33,6 +33,11 @@ class BadBundle(enum.StrEnum):
     SHAPE = "shape"
     NAN = "nan"
     SLOW = "slow"
+
+
+OWN_CLOCK: Final = "own clock"
+"""Where processes have the clock that they were given, a fact of the row: `IN_ALL` where nothing is amiss."""
+IN_ALL: Final = "in all processes"
 
 
 class Scene(Protocol):
@@ -66,6 +71,12 @@ class Scene(Protocol):
 
     def fill_disk(self, *, full: bool) -> None:
         """Let the intake's disk have no room, or room again."""
+
+    def give_clock(self, site: SiteName) -> None:
+        """Start a site's own processes anew with a clock that can be set; before the load."""
+
+    def set_clock(self, site: SiteName, off_s: int) -> None:
+        """So many seconds before (+) or behind (-) the others'."""
 
     def publish_bad(self, what: BadBundle) -> None:
         """Bring a bundle with one fault into the registry and let the sites' channel point to it."""
@@ -144,6 +155,14 @@ class FakeScene:
     def fill_disk(self, *, full: bool) -> None:
         """See Scene."""
         self.told.append("fill disk" if full else "free disk")
+
+    def give_clock(self, site: SiteName) -> None:
+        """See Scene."""
+        self.told.append(f"give {site} a clock")
+
+    def set_clock(self, site: SiteName, off_s: int) -> None:
+        """See Scene."""
+        self.told.append(f"clock of {site} {off_s:+d} s")
 
     def publish_bad(self, what: BadBundle) -> None:
         """See Scene."""

@@ -25,6 +25,7 @@ from typing import Final
 
 import msgspec
 
+from loadtests.samples import write_whole
 from rankbridge import bundles, jobs, processes
 from rankbridge import cloud as clouds
 from rankbridge.asked import training_arguments
@@ -34,7 +35,7 @@ from rankbridge.drills import bad_bundles, forms
 from rankbridge.drills.evidence import REFUSED
 from rankbridge.drills.fault import Need
 from rankbridge.drills.forms import ENDPOINT, Form
-from rankbridge.drills.scene import BadBundle, StoreFault
+from rankbridge.drills.scene import IN_ALL, OWN_CLOCK, BadBundle, StoreFault
 from rankbridge.faults import DeskError
 from rankbridge.interrupts import shield
 from rankbridge.layout import Layout
@@ -58,6 +59,7 @@ _ACTOR: Final = "drill"
 _FULL_AT: Final = 4096
 """Bytes that a file may have on a disk that is full: none of the intake's is shorter."""
 _HIDDEN: Final = "profiles_hidden"
+_FAKETIME: Final = "faketime/libfaketimeMT.so.1"
 _SMALL: Final = ("--users", "200", "--items", "120", "--events", "6000")
 """Size of the training that home does alone."""
 
@@ -116,6 +118,8 @@ class Sites:
         self._frozen: list[tuple[Role, SiteName]] = []
         self._rekeyed: list[int] = []
         self._full = False
+        self._clocks: dict[SiteName, Path] = {}
+        """Files that say how far a site's clock is off, of those that have one of their own."""
         self.notes: dict[str, str] = {}
 
     # a context
@@ -185,7 +189,18 @@ class Sites:
     # what the suite asks
 
     def _as_it_runs(self, process: Process) -> Process:
-        return self.form.process(process)
+        placed = self.form.process(process)
+        offset = self._clocks.get(process.site)
+        if offset is None or process.role is Role.TRITON:
+            return placed
+        environment = {
+            **placed.environment,
+            "LD_PRELOAD": str(_faketime()),
+            "FAKETIME_TIMESTAMP_FILE": str(offset),
+            "FAKETIME_CACHE_DURATION": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        }
+        return dataclasses.replace(placed, environment=environment)
 
     @property
     def form(self) -> Form:
@@ -202,7 +217,7 @@ class Sites:
     @property
     def offers(self) -> frozenset[Need]:
         """What can be had here."""
-        return self.form.offers
+        return self.form.offers | ({Need.CLOCK} if _faketime() is not None else set())
 
     @property
     def published(self) -> frozenset[str]:
@@ -274,6 +289,20 @@ class Sites:
             _, hard = resource.prlimit(one.pid, resource.RLIMIT_FSIZE)
             resource.prlimit(one.pid, resource.RLIMIT_FSIZE, (_FULL_AT if full else hard, hard))
         self._full = full
+
+    def give_clock(self, site: SiteName) -> None:
+        """See Scene."""
+        self._clocks[site] = self._scratch / f"{site.value}-clock"
+        self.set_clock(site, 0)
+        self._start_anew(site)
+        self.bring_back()
+        own = [one for role in Role if role is not Role.TRITON for one in self._members(role, site)]
+        wound = [one for one in own if _FAKETIME in Path(f"/proc/{one.pid}/maps").read_text()]
+        self.note(OWN_CLOCK, IN_ALL if wound == own else f"in {len(wound)} of {len(own)} processes")
+
+    def set_clock(self, site: SiteName, off_s: int) -> None:
+        """See Scene. Noticed within a second."""
+        write_whole(self._clocks[site], f"{off_s:+d}\n".encode())
 
     def publish_bad(self, what: BadBundle) -> None:
         """See Scene."""
@@ -447,6 +476,15 @@ class Sites:
         self.hide_profiles(hidden=False)
         if self._full:
             self.fill_disk(full=False)
+        for site in list(self._clocks):
+            del self._clocks[site]
+            self._start_anew(site)
+
+    def _start_anew(self, site: SiteName) -> None:
+        """End what a clock is for; whoever brings back what is missing starts it with the clock that it then has."""
+        for process in self._serving.processes(self._the_plan):
+            if process.site is site and process.role is not Role.TRITON:
+                self._serving.supervisor.stop(process.name)
 
     def _at(self, site: Site, listener: Listener) -> str:
         """A listener's URL, as the desk reaches it."""
@@ -521,6 +559,11 @@ def rename_profiles(path: Path, *, hidden: bool) -> None:
     with contextlib.closing(sqlite3.connect(path, timeout=10.0, isolation_level=None)) as store:
         if store.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?", (now,)).fetchone():
             store.execute(f"ALTER TABLE {now} RENAME TO {then}")
+
+
+def _faketime() -> Path | None:
+    """The library, where Debian's package put it."""
+    return next(Path("/usr/lib").glob(f"*/{_FAKETIME}"), None)
 
 
 def _free_port(addresses: AddressBook) -> int:

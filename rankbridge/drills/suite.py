@@ -160,6 +160,8 @@ class FaultSuite:
             return Row(id=fault.id, title=fault.title, how=fault.how, left_out=absent)
         ground, lasting = self._ground, fault.lasting(capacity.in_time_per_s)
         ground.restore()
+        if fault.prepare is not None:
+            fault.prepare(ground)
         drive = lasting.drive(
             ground.gateway(HOME),
             ground.gateway(AWS),

@@ -8,6 +8,7 @@ from rankbridge.drills.catalogue import CI, FAULTS, chosen, lasting
 from rankbridge.drills.fault import Fault
 from rankbridge.drills.scene import FakeScene
 from rankbridge.faults import DeskError
+from workloads.contract.sites import SiteName
 
 SUITE = (
     "F1",
@@ -115,3 +116,10 @@ def test_an_overload_is_a_multiple_of_the_measured_peak_and_open_loop():
     (fault,) = chosen(["F11"])
     drive = fault.lasting(100.0).drive("http://home", "http://aws", 100.0, 200.0, seed=1)
     assert [leg.rate for leg in drive.legs] == [50.0, 400.0, 1000.0, 2000.0, 50.0]
+
+
+def test_a_clock_is_an_hour_before_then_behind_then_right():
+    for fault, site in zip(chosen(["F21"])[1:3], SiteName, strict=True):
+        scene, waits = play(fault)
+        assert scene.told == [f"clock of {site} {off} s" for off in ("+3600", "-3600", "+0")]
+        assert len(waits) == 2

@@ -29,7 +29,7 @@ from rankbridge.drills.scene import FakeScene
 from rankbridge.drills.suite import Driven, FaultSuite, hedges_in, kept
 from rankbridge.drills.table import checks_table, faults_table, markdown
 from rankbridge.faults import DeskError
-from workloads.contract.sites import Site
+from workloads.contract.sites import HOME, Site
 from workloads.contract.slo import Rung
 
 BUNDLE = "0" * 12
@@ -120,6 +120,13 @@ def test_a_fault_that_nobody_feels_passes_and_the_scene_is_restored(events: Path
     assert ground.told == ["restore", "kill tritonserver at onprem", "bring back", "restore"]
     assert found.seen_after_s is None
     assert found.recovered_after_s == 0.0
+
+
+def test_what_is_prepared_is_done_before_the_load_and_undone_with_the_rest(events: Path):
+    ground = FakeGround(events)
+    fault = dataclasses.replace(a_fault(), prepare=lambda scene: scene.give_clock(HOME.name))
+    FaultSuite(ground, FakeDriver(well), say=lambda _: None).row(fault, CAPACITY)
+    assert ground.told == ["restore", "give onprem a clock", "kill tritonserver at onprem", "bring back", "restore"]
 
 
 @pytest.mark.parametrize(
