@@ -53,8 +53,9 @@ from workloads.contract.slo import BELOW_BEST_RUNG_SHARE, CANDIDATES_RANKED, End
 from workloads.contract.tensors import CONTEXT, HISTORY_LENGTH, RANKER, USER_TOWER
 from workloads.data.definitions import Touch
 from workloads.data.features import ItemTables, UserState, rank_features
+from workloads.data.fusion import Candidates
 from workloads.data.profiles import ProfilesDownError, ProfileStoreError, open_profiles
-from workloads.gateway.pipeline import as_arrays, count_for, of_state
+from workloads.gateway.pipeline import count_for, of_state
 from workloads.gateway.simulator import Recorded
 from workloads.privacy.pseudonym import KeyFileError
 from workloads.privacy.vault import SqliteVault, VaultError
@@ -270,7 +271,7 @@ def prepare(
                 exclude=[*state.bought_items.tolist(), *session],
             )
         )
-        candidates = as_arrays(find(query))
+        candidates = Candidates.read(find(query))
         history = np.zeros(HISTORY_LENGTH, dtype=np.int64)
         recent = state.items[-HISTORY_LENGTH:]
         if len(recent):

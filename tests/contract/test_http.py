@@ -104,7 +104,7 @@ def test_events_and_candidates_come_back_from_message_pack_as_they_went():
         context=[0.0, 1.0, 0.0, 1.0],
         count=200,
     )
-    answer = CandidatesAnswer(bundle="a" * 64, items=[7], scores=[0.5], ann=[0.25], source=[0])
+    answer = CandidatesAnswer(bundle="a" * 64, items=b"\7\0\0\0", scores=bytes(4), ann=bytes(4), source=bytes(4))
     for message in (event, query, answer):
         assert msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=type(message)) == message
 

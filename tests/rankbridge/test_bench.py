@@ -46,6 +46,7 @@ from workloads.contract.http import (
 )
 from workloads.contract.tensors import HISTORY_LENGTH, RANKER_DENSE, RANKER_SPARSE, VECTOR_DIM
 from workloads.data.definitions import Touch
+from workloads.data.fusion import Candidates
 from workloads.gateway.simulator import Recorded
 
 STAGES = {"features": 0.5, "candidates": 3.0, "rank": 4.0, "rules": 0.25}
@@ -85,7 +86,7 @@ class FakeParts:
 
     def candidates(self, query: bytes) -> CandidatesAnswer:
         self._clock.spend("retrieval", self._retrieval)
-        return CandidatesAnswer(bundle="", items=[], scores=[], ann=[], source=[])
+        return Candidates.of([], [], [], []).answer("", 0)
 
     def tower(self, history: np.ndarray) -> np.ndarray:
         self._clock.spend("tower", self._tower)
@@ -161,7 +162,7 @@ def find(query: bytes) -> CandidatesAnswer:
     asked = msgspec.msgpack.decode(query, type=CandidatesQuery)
     items = [item for item in range(1, 51) if item not in asked.exclude]
     scores = [0.5] * len(items)
-    return CandidatesAnswer(bundle=asked.bundle, items=items, scores=scores, ann=scores, source=[0] * len(items))
+    return Candidates.of(items, scores, scores, [0] * len(items)).answer(asked.bundle, 0)
 
 
 def test_the_bare_parts_are_asked_what_the_gateway_would_ask_for_this_person(tmp_path: Path):

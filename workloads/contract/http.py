@@ -290,17 +290,21 @@ class CandidatesQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class CandidatesAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """Retrieval to gateway: `count` or fewer candidates, best first by the fused retrieval score."""
+    """Retrieval to gateway: `count` or fewer candidates, best first by the fused retrieval score.
+
+    Columns of C numbers each, little-endian: hundreds of numbers cost more to name one by one than to find.
+    """
 
     bundle: str
     delta: int = 0
-    items: list[int]
-    scores: list[float]
-    """Fused score, the order of rung 3."""
-    ann: list[float]
-    """Dot product of the user (or query) vector with each candidate's item vector."""
-    source: list[int]
-    """Index into `SOURCES` of the source that ranked the candidate highest."""
+    items: bytes
+    """int32: indices of the bundle's items."""
+    scores: bytes
+    """float32: fused score, the order of rung 3."""
+    ann: bytes
+    """float32: dot product of the user (or query) vector with each candidate's item vector."""
+    source: bytes
+    """int32: index into `SOURCES` of the source that ranked the candidate highest."""
 
 
 class RankQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -244,14 +244,14 @@ class UserState:
 
 def touch_strength(base: Floats, count: Floats) -> Floats:
     """Strength of a touch: `contract.tensors.STRENGTH` of its strongest event, growing slowly when repeated."""
-    return (base * (1.0 + np.log(np.maximum(count, 1.0)))).astype(np.float32)
+    return (base * (1.0 + np.log(np.maximum(count, 1.0)))).astype(np.float32, copy=False)
 
 
 def context_of(now_ms: int) -> Floats:
     """`contract.tensors.CONTEXT` of a moment, [4]: where it lies in the day and in the week, UTC."""
-    day = 2.0 * np.pi * (now_ms % DAY_MS) / DAY_MS
-    week = 2.0 * np.pi * (now_ms % (7 * DAY_MS)) / (7 * DAY_MS)
-    return np.array([np.sin(day), np.cos(day), np.sin(week), np.cos(week)], dtype=np.float32)
+    day = math.tau * (now_ms % DAY_MS) / DAY_MS
+    week = math.tau * (now_ms % (7 * DAY_MS)) / (7 * DAY_MS)
+    return np.array([math.sin(day), math.cos(day), math.sin(week), math.cos(week)], dtype=np.float32)
 
 
 def user_inputs(

@@ -17,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from workloads.contract.http import SOURCES
+from workloads.contract.http import SOURCES, CandidatesAnswer
 from workloads.contract.tensors import PAD
 
 Ids = npt.NDArray[np.int32]
@@ -55,6 +55,39 @@ class Candidates:
     """Dot product of the user (or query) vector with the item's vector; 0 where there is no vector."""
     source: Ids
     """Index into `contract.http.SOURCES` of the source that lent the candidate most of its score."""
+
+    @classmethod
+    def of(
+        cls, items: Sequence[int], scores: Sequence[float], ann: Sequence[float], source: Sequence[int]
+    ) -> Candidates:
+        """From plain numbers."""
+        return cls(
+            items=np.array(items, dtype=np.int32),
+            scores=np.array(scores, dtype=np.float32),
+            ann=np.array(ann, dtype=np.float32),
+            source=np.array(source, dtype=np.int32),
+        )
+
+    @classmethod
+    def read(cls, answer: CandidatesAnswer) -> Candidates:
+        """What retrieval answered. Raises ValueError for columns that are not of one length."""
+        items = np.frombuffer(answer.items, dtype="<i4")
+        scores, ann = np.frombuffer(answer.scores, dtype="<f4"), np.frombuffer(answer.ann, dtype="<f4")
+        source = np.frombuffer(answer.source, dtype="<i4")
+        if not len(items) == len(scores) == len(ann) == len(source):
+            raise ValueError("columns of different lengths")
+        return cls(items=items, scores=scores, ann=ann, source=source)
+
+    def answer(self, bundle: str, delta: int) -> CandidatesAnswer:
+        """As retrieval answers, of an edition."""
+        return CandidatesAnswer(
+            bundle=bundle,
+            delta=delta,
+            items=self.items.astype("<i4", copy=False).tobytes(),
+            scores=self.scores.astype("<f4", copy=False).tobytes(),
+            ann=self.ann.astype("<f4", copy=False).tobytes(),
+            source=self.source.astype("<i4", copy=False).tobytes(),
+        )
 
 
 def fuse(
@@ -217,7 +250,7 @@ def touch_weights(strengths: npt.NDArray[np.floating[Any]], ages: npt.NDArray[np
     The half-life of 30 days is that of seasonal taste; a floor keeps what was loved long ago.
     """
     fading = 0.2 + 0.8 * np.exp2(-np.asarray(ages, dtype=np.float32) / np.float32(24 * 30))
-    weights: Scores = (np.asarray(strengths, dtype=np.float32) * fading).astype(np.float32)
+    weights: Scores = (np.asarray(strengths, dtype=np.float32) * fading).astype(np.float32, copy=False)
     return weights
 
 

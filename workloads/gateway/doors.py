@@ -39,6 +39,7 @@ from workloads.contract.http import (
 )
 from workloads.contract.slo import CANDIDATES_RANKED
 from workloads.contract.tensors import RANKER, STUDENT
+from workloads.data.fusion import Candidates
 from workloads.gateway.ladder import Reason
 from workloads.gateway.neighbour import Late, Neighbour, Reply, Unreachable
 
@@ -322,12 +323,9 @@ class HttpRetrieval:
         if reply.status != 200:
             raise DoorFault(Reason.RETRIEVAL_FAULT, f"retrieval answered {reply.status}: {_error_text(reply)}")
         try:
-            answer = self._decode(reply.body)
+            return self._decode(reply.body)
         except _UNREADABLE as error:
             raise DoorFault(Reason.RETRIEVAL_FAULT, f"retrieval's answer is no CandidatesAnswer: {error}") from None
-        if not len(answer.items) == len(answer.scores) == len(answer.ann) == len(answer.source):
-            raise DoorFault(Reason.RETRIEVAL_FAULT, "retrieval answered columns of different lengths")
-        return answer
 
     async def state(self) -> BackendState:
         """See `Retrieval`."""
@@ -490,9 +488,7 @@ class FakeRetrieval(FakeNeighbour):
         await self.wait(timeout_s, DoorFault(Reason.RETRIEVAL_LATE, "a fake that is late"))
         items = [item for item in self.items if item not in query.exclude][: query.count]
         scores = [1.0 / (1 + place) for place in range(len(items))]
-        return CandidatesAnswer(
-            bundle=self.bundle, delta=self.delta, items=items, scores=scores, ann=scores, source=[0] * len(items)
-        )
+        return Candidates.of(items, scores, scores, [0] * len(items)).answer(self.bundle, self.delta)
 
 
 class FakeIntake(FakeNeighbour):

@@ -34,7 +34,10 @@ PATIENCE: Final = 10.0
 """However far off a client's deadline is, a stage waits this many times its promise at most: a hung neighbour must not
 hold a gateway's places for as long as its clients can wait."""
 
-_CANDIDATES_SHARE: Final = STAGE_P99_MS[Stage.CANDIDATES] / (STAGE_P99_MS[Stage.CANDIDATES] + STAGE_P99_MS[Stage.RANK])
+_CANDIDATES_SHARE: Final = 0.7
+"""More than the stage's part of the promise: what comes late is ranked all the same, by the student in a millisecond if by
+nobody else, and what is given up costs the step to rung 4, where half of the order's worth is lost."""
+_RANK_SHARE: Final = STAGE_P99_MS[Stage.RANK] / (STAGE_P99_MS[Stage.CANDIDATES] + STAGE_P99_MS[Stage.RANK])
 
 
 class Reason(enum.StrEnum):
@@ -92,7 +95,7 @@ def candidates_budget_ms(deadline_ms: float, spent_ms: float, *, ranked_after: b
 def rank_budget_ms(deadline_ms: float, spent_ms: float) -> float:
     """How long ranking may take: its share of the whole, or what is left if that is less. Below 0: no time."""
     whole = deadline_ms - ANSWER_RESERVE_MS
-    return min(whole - spent_ms, whole * (1.0 - _CANDIDATES_SHARE), PATIENCE * STAGE_P99_MS[Stage.RANK])
+    return min(whole - spent_ms, whole * _RANK_SHARE, PATIENCE * STAGE_P99_MS[Stage.RANK])
 
 
 class Leave(enum.Enum):

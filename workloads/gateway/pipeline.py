@@ -359,9 +359,9 @@ class Pipeline:
             )
             raise DoorFault(Reason.RETRIEVAL_OTHER_BUNDLE, detail)
         try:
-            candidates = as_arrays(answer)
-        except OverflowError:
-            raise DoorFault(Reason.RETRIEVAL_FAULT, "retrieval answered indices beyond any catalogue") from None
+            candidates = Candidates.read(answer)
+        except ValueError as error:
+            raise DoorFault(Reason.RETRIEVAL_FAULT, f"retrieval answered {error}") from None
         items, source = candidates.items, candidates.source
         sound = not len(items) or (
             items.min() > PAD
@@ -410,16 +410,6 @@ def of_state(state: UserState) -> dict[str, Any]:
         "history_age_hours": state.age_hours.tolist(),
         "context": state.context.tolist(),
     }
-
-
-def as_arrays(answer: CandidatesAnswer) -> Candidates:
-    """What retrieval proposes. Raises OverflowError for indices beyond any catalogue."""
-    return Candidates(
-        items=np.array(answer.items, dtype=np.int32),
-        scores=np.array(answer.scores, dtype=np.float32),
-        ann=np.array(answer.ann, dtype=np.float32),
-        source=np.array(answer.source, dtype=np.int32),
-    )
 
 
 def _losses(bundle: Bundle) -> dict[tuple[Protocol | None, int], float]:

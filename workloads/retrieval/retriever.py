@@ -105,14 +105,7 @@ class Retriever:
             found = self._search(query, exclude)
         else:
             found = self._similar(query, history, exclude)
-        return CandidatesAnswer(
-            bundle=self.bundle_id,
-            delta=self.delta,
-            items=found.items.tolist(),
-            scores=found.scores.tolist(),
-            ann=found.ann.tolist(),
-            source=found.source.tolist(),
-        )
+        return found.answer(self.bundle_id, self.delta)
 
     def warm_up(self) -> None:
         """Ask for each kind, so that the first caller does not pay for first-time allocations."""

@@ -8,7 +8,6 @@ from typing import Any
 
 import httpx
 import msgspec
-import numpy as np
 import onnxruntime
 import pytest
 
@@ -18,6 +17,7 @@ from workloads.contract.editions import Edition
 from workloads.contract.http import BackendState, CandidatesAnswer, CandidatesQuery
 from workloads.contract.sites import SiteName
 from workloads.contract.tensors import RANKER
+from workloads.data.fusion import Candidates
 from workloads.gateway.app import Gateway
 from workloads.gateway.catalogue_sample import Sampler
 from workloads.gateway.doors import FakeIntake, Floats, Sparse
@@ -171,4 +171,4 @@ async def test_without_the_delta_nobody_knows_it(made: Path):
         ),
         1.0,
     )
-    assert np.array(answer.items).max() <= base.base_items
+    assert Candidates.read(answer).items.max() <= base.base_items

@@ -13,7 +13,6 @@ from workloads.bundle.store import Bundle
 from workloads.contract.editions import Edition
 from workloads.contract.events import Event, EventType
 from workloads.contract.http import (
-    CandidatesAnswer,
     CandidatesQuery,
     EventsAnswer,
     EventsRequest,
@@ -21,6 +20,7 @@ from workloads.contract.http import (
     RankQuery,
 )
 from workloads.contract.tensors import RANKER, RANKER_DENSE, RANKER_SPARSE, USER_TOWER
+from workloads.data.fusion import Candidates
 from workloads.gateway import doors
 from workloads.gateway.doors import (
     DoorFault,
@@ -218,7 +218,7 @@ QUERY = CandidatesQuery(
     context=[0.0] * 4,
     count=5,
 )
-ANSWER = CandidatesAnswer(bundle=BUNDLE, items=[1], scores=[0.5], ann=[0.5], source=[0])
+ANSWER = Candidates.of([1], [0.5], [0.5], [0]).answer(BUNDLE, 0)
 
 
 async def test_candidates_go_and_come_as_message_pack(wire: Wire):
@@ -240,10 +240,6 @@ async def test_candidates_go_and_come_as_message_pack(wire: Wire):
         (Reply(200, {}, b"\xc1"), Reason.RETRIEVAL_FAULT),
         (Reply(200, {}, b"\x81\xa1\x80\x01"), Reason.RETRIEVAL_FAULT),  # text that is not UTF-8
         (Reply(200, {}, msgspec.msgpack.encode({"bundle": BUNDLE})), Reason.RETRIEVAL_FAULT),
-        (
-            Reply(200, {}, msgspec.msgpack.encode(msgspec.structs.replace(ANSWER, scores=[0.5, 0.4]))),
-            Reason.RETRIEVAL_FAULT,
-        ),
     ],
 )
 async def test_every_failure_of_retrieval_has_its_reason(wire: Wire, reply: Reply | Exception, reason: Reason):

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from workloads.contract.editions import RetrievalReadiness
 from workloads.contract.http import BODY_MAX_BYTES, PATH_CANDIDATES, CandidatesAnswer, CandidatesQuery
+from workloads.data.fusion import Candidates
 from workloads.retrieval.app import create_app
 from workloads.retrieval.editions import Editions
 from workloads.retrieval.retriever import QueryFault
@@ -33,9 +34,7 @@ class EchoRetriever:
         if -1 in query.history:
             raise QueryFault("$.history[0]", "Expected an item index")
         rest = [0.0] * len(query.history)
-        return CandidatesAnswer(
-            bundle=BUNDLE, items=query.history, scores=rest, ann=rest, source=[0] * len(query.history)
-        )
+        return Candidates.of(query.history, rest, rest, [0] * len(rest)).answer(BUNDLE, 0)
 
 
 def query(**changes: object) -> dict[str, Any]:
@@ -68,7 +67,8 @@ async def post(client: httpx.AsyncClient, content: bytes) -> httpx.Response:
 async def test_a_query_is_answered_in_messagepack(client: httpx.AsyncClient):
     answer = await post(client, msgspec.msgpack.encode(query(history=[3, 4])))
     assert (answer.status_code, answer.headers["content-type"]) == (200, "application/msgpack")
-    assert msgspec.msgpack.decode(answer.content, type=CandidatesAnswer).items == [3, 4]
+    found = Candidates.read(msgspec.msgpack.decode(answer.content, type=CandidatesAnswer))
+    assert found.items.tolist() == [3, 4]
 
 
 @pytest.mark.parametrize("other", [{"bundle": "a" * 64}, {"bundle": "a" * 64, "delta": 1}])

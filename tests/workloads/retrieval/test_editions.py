@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from workloads.bundle.site import EditionsWatch, write_editions
 from workloads.contract.editions import Edition, RetrievalReadiness, SiteEditions
 from workloads.contract.http import PATH_CANDIDATES, CandidatesAnswer, CandidatesQuery
+from workloads.data.fusion import Candidates
 from workloads.retrieval.app import create_app
 from workloads.retrieval.dense import ModelFault
 from workloads.retrieval.editions import Editions, follow
@@ -32,14 +33,7 @@ class Echo:
 
     def candidates(self, query: CandidatesQuery) -> CandidatesAnswer:
         rest = [0.0] * len(query.history)
-        return CandidatesAnswer(
-            bundle=self.bundle_id,
-            delta=self.delta,
-            items=query.history,
-            scores=rest,
-            ann=rest,
-            source=[0] * len(query.history),
-        )
+        return Candidates.of(query.history, rest, rest, [0] * len(rest)).answer(self.bundle_id, self.delta)
 
 
 class World:

@@ -11,8 +11,9 @@ import pytest
 from workloads.bundle.delta import write_delta
 from workloads.bundle.fake import CREATED_MS, build_fake_bundle
 from workloads.bundle.store import Bundle, open_bundle
-from workloads.contract.http import SOURCES, CandidatesAnswer, CandidatesQuery
+from workloads.contract.http import SOURCES, CandidatesQuery
 from workloads.contract.tensors import ITEM_TABLES, NEIGHBOURS, VECTOR_DIM
+from workloads.data.fusion import Candidates
 from workloads.retrieval.dense import AnnIndex
 from workloads.retrieval.retriever import QueryFault, Retriever, open_retriever
 
@@ -57,8 +58,8 @@ def retriever(bundle: Bundle) -> Retriever:
     return open_retriever(bundle)
 
 
-def ask(retriever: Retriever, kind: str, history: list[int], query: str | None = None) -> CandidatesAnswer:
-    return retriever.candidates(
+def ask(retriever: Retriever, kind: str, history: list[int], query: str | None = None) -> Candidates:
+    answer = retriever.candidates(
         CandidatesQuery(
             bundle=retriever.bundle_id,
             delta=retriever.delta,
@@ -71,20 +72,17 @@ def ask(retriever: Retriever, kind: str, history: list[int], query: str | None =
             count=100,
         )
     )
+    assert (answer.bundle, answer.delta) == (retriever.bundle_id, retriever.delta)
+    return Candidates.read(answer)
 
 
-def likeness(answer: CandidatesAnswer) -> dict[int, float]:
+def likeness(answer: Candidates) -> dict[int, float]:
     """How near each candidate is to the user's vector."""
-    return dict(zip(answer.items, answer.ann, strict=True))
+    return dict(zip(answer.items.tolist(), answer.ann.tolist(), strict=True))
 
 
-def sources(answer: CandidatesAnswer) -> dict[int, str]:
-    return {item: SOURCES[source] for item, source in zip(answer.items, answer.source, strict=True)}
-
-
-def test_an_answer_names_its_edition(retriever: Retriever):
-    answer = ask(retriever, "recommend", [])
-    assert (answer.bundle, answer.delta) == (retriever.bundle_id, 2)
+def sources(answer: Candidates) -> dict[int, str]:
+    return {item: SOURCES[source] for item, source in zip(answer.items.tolist(), answer.source.tolist(), strict=True)}
 
 
 def test_a_new_item_is_like_others_and_others_are_like_it(retriever: Retriever):

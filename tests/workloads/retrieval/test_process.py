@@ -17,6 +17,7 @@ import pytest
 
 from workloads.bundle.fake import build_fake_bundle
 from workloads.contract.http import PATH_CANDIDATES, SOURCES, CandidatesAnswer, CandidatesQuery
+from workloads.data.fusion import Candidates
 
 pytestmark = pytest.mark.real_parts
 
@@ -91,10 +92,12 @@ def test_each_kind_of_query_is_answered_from_its_sources(
 ):
     answer = msgspec.msgpack.decode(ask(url, make_query(bundle, **changes)).content, type=CandidatesAnswer)
     assert answer.bundle == bundle.name
-    assert len(answer.items) == len(set(answer.items)) == 200
-    assert all(1 <= item <= ITEMS for item in answer.items)
-    assert answer.scores == sorted(answer.scores, reverse=True)
-    assert expected <= {SOURCES[source] for source in answer.source}
+    found = Candidates.read(answer)
+    items, scores = found.items.tolist(), found.scores.tolist()
+    assert len(items) == len(set(items)) == 200
+    assert all(1 <= item <= ITEMS for item in items)
+    assert scores == sorted(scores, reverse=True)
+    assert expected <= {SOURCES[source] for source in found.source.tolist()}
 
 
 def test_a_query_of_another_bundle_is_a_conflict(url: str, bundle: pathlib.Path):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pytest
 
-from workloads.contract.http import SOURCES, CandidatesAnswer, CandidatesQuery
+from workloads.contract.http import SOURCES, CandidatesQuery
 from workloads.contract.tensors import ITEM_TABLES, NEIGHBOURS, VECTOR_DIM
 from workloads.data import fusion
 from workloads.data.features import ItemTables
+from workloads.data.fusion import Candidates
 from workloads.retrieval.dense import ExactNearest, FixedTower, Vector
 from workloads.retrieval.lexical import LexicalIndex
 from workloads.retrieval.retriever import HISTORY_MAX, QueryFault, Retriever
@@ -40,6 +41,15 @@ def make_tables() -> ItemTables:
     return ItemTables.of(arrays)
 
 
+class Found(NamedTuple):
+    """An answer, in plain numbers."""
+
+    items: list[int]
+    scores: list[float]
+    ann: list[float]
+    source: list[int]
+
+
 class Bench:
     """A retriever over known tables, and its fakes."""
 
@@ -65,7 +75,7 @@ class Bench:
         kind: Literal["recommend", "search", "similar"] = "recommend",
         history: list[int] | None = None,
         **changes: Any,  # noqa: ANN401 - fields of the query
-    ) -> CandidatesAnswer:
+    ) -> Found:
         history = history or []
         fields: dict[str, Any] = {
             "bundle": BUNDLE,
@@ -77,7 +87,8 @@ class Bench:
             "count": 10,
             **changes,
         }
-        return self.retriever.candidates(CandidatesQuery(**fields))
+        found = Candidates.read(self.retriever.candidates(CandidatesQuery(**fields)))
+        return Found(found.items.tolist(), found.scores.tolist(), found.ann.tolist(), found.source.tolist())
 
 
 @pytest.fixture
@@ -85,7 +96,7 @@ def bench() -> Bench:
     return Bench()
 
 
-def sources(answer: CandidatesAnswer) -> dict[int, str]:
+def sources(answer: Found) -> dict[int, str]:
     return {item: SOURCES[source] for item, source in zip(answer.items, answer.source, strict=True)}
 
 
