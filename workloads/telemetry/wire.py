@@ -87,8 +87,45 @@ _LARGE_HEAD: Final = _refusal(
 )
 
 
+_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
 class _Refuse(Exception):  # noqa: N818 - ends the parsing of a request, is no mistake of ours
     """The request is refused by what `Wire._answer` holds."""
+
+
+class _Joined:
+    """One answer's transport: its head goes out with what comes next, for two segments wake the caller twice."""
+
+    __slots__ = ("_begun", "_head", "_transport")
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._begun = False
+        self._head = b""
+
+    def write(self, data: bytes) -> None:
+        """The first is the head, and waits; an interim answer is none."""
+        if not self._begun and data != _CONTINUE:
+            self._begun, self._head = True, data
+            return
+        head, self._head = self._head, b""
+        self._transport.write(head + data)
+
+    def flush(self) -> None:
+        """Nothing comes next: an answer to HEAD has no body."""
+        if self._head:
+            self._transport.write(self._head)
+            self._head = b""
+
+    def close(self) -> None:
+        """See `asyncio.Transport`."""
+        self.flush()
+        self._transport.close()
+
+    def is_closing(self) -> bool:
+        """See `asyncio.Transport`."""
+        return self._transport.is_closing()
 
 
 class Wire(HttpToolsProtocol):
@@ -109,6 +146,7 @@ class Wire(HttpToolsProtocol):
         """What the gate said of the request that is being read; it is told once that is whole."""
         self._answer = _MALFORMED
         self._running: RequestResponseCycle | None = None
+        self._answering: _Joined | None = None
         self._dropping = 0
         self._begun = self._complete = 0
         self._in_head = False
@@ -179,7 +217,15 @@ class Wire(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
+        self._answering = cycle.transport = _Joined(self.transport)  # type: ignore[assignment]  # a cycle needs no more
         super()._start_asgi_task(cycle, app)
+
+    def on_response_complete(self) -> None:
+        """See `HttpToolsProtocol`."""
+        if self._answering is not None:
+            self._answering.flush()
+            self._answering = None
+        super().on_response_complete()
 
     # httptools' callbacks
     def on_message_begin(self) -> None:

@@ -81,6 +81,11 @@ class Client:
             return True
         return False
 
+    async def chunk(self) -> bytes:
+        """What comes at once."""
+        async with asyncio.timeout(5):
+            return await self._reader.read(4096)
+
     async def ended(self) -> bool:
         """Whether the server closed, and sent nothing before."""
         async with asyncio.timeout(5):
@@ -184,3 +189,17 @@ async def test_a_refused_request_that_is_no_http_after_all_is_told_so_and_closed
 async def test_a_refused_request_may_be_no_longer_than_another(client: Client):
     await client.say(post("/busy", b"x" * 2 * MESSAGE_MAX_BYTES)[: MESSAGE_MAX_BYTES + 1_000_000])
     assert (await client.hear())[0] == 413
+
+
+async def test_an_answer_comes_whole_and_not_head_and_body_by_turns(client: Client):
+    for _ in range(20):
+        await client.say(post("/a", b"123"))
+        assert await client.chunk() == b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\n/a 3"
+
+
+async def test_an_answer_without_a_body_is_not_kept_back(client: Client):
+    await client.say(post("/a").replace(b"POST", b"HEAD"))
+    assert await client.chunk() == b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\n"
+    await client.say(post("/b", b"1", "Connection: close"))
+    assert (await client.chunk()).endswith(b"/b 1")
+    assert await client.ended()
