@@ -35,8 +35,8 @@ PATIENCE: Final = 10.0
 hold a gateway's places for as long as its clients can wait."""
 
 _CANDIDATES_SHARE: Final = 0.7
-"""More than the stage's part of the promise: what comes late is ranked all the same, by the student in a millisecond if by
-nobody else, and what is given up costs the step to rung 4, where half of the order's worth is lost."""
+"""More than the stage's part of the promise: what comes late is ranked all the same, in a millisecond by the student if
+by nobody else. What is given up costs the step to rung 4, where half of the order's worth is lost."""
 _RANK_SHARE: Final = STAGE_P99_MS[Stage.RANK] / (STAGE_P99_MS[Stage.CANDIDATES] + STAGE_P99_MS[Stage.RANK])
 
 
