@@ -1,10 +1,12 @@
 """What the gateway costs beyond its parts: the same requests to it and to the bare parts, by turns.
 
-The parts are the calls of a recommendation's stages, made bare: retrieval with the query that the gateway would send
-for this person, and Triton with the tensors of the candidates that come back, over the same kind of connection that the
-gateway is asked over. Beside them stands the arithmetic alone (user tower and vector search in this process, no service
-at all). Each recorded request goes to the gateway and to the parts one right after the other, so that both meet the
-same machine; sums are taken per request and only then summarised. It starts nothing: `rankbridge up` does.
+The parts are a recommendation's four stages, called bare: features (who asks, their profile, the ranker's inputs) and
+rules as plain calls in this process, retrieval with the query that the gateway would send for this person, and Triton
+with the tensors of the candidates that come back, over the same kind of connection that the gateway is asked over.
+Beside them stand the two calls to neighbours by themselves, and the arithmetic alone (user tower and vector search in
+this process, no service at all). Each recorded request goes to the gateway and to the parts one right after the other,
+so that both meet the same machine; sums are taken per request and only then summarised. It starts nothing: `rankbridge
+up` does.
 """
 
 from __future__ import annotations
@@ -13,15 +15,16 @@ import argparse
 import contextlib
 import dataclasses
 import http.client
+import itertools
 import os
 import random
 import statistics
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -55,6 +58,7 @@ from workloads.data.definitions import Touch
 from workloads.data.features import ItemTables, UserState, rank_features
 from workloads.data.fusion import Candidates
 from workloads.data.profiles import ProfilesDownError, ProfileStoreError, open_profiles
+from workloads.gateway import rules
 from workloads.gateway.pipeline import count_for, of_state
 from workloads.gateway.simulator import Recorded
 from workloads.privacy.pseudonym import KeyFileError
@@ -101,7 +105,11 @@ class BenchResult(msgspec.Struct, frozen=True, kw_only=True):
     """Rows of the bare ranker's tensor, at the median."""
     gateway: Part
     bare: Part
-    """Quantiles of the per-request sums of both stage calls."""
+    """Quantiles of the per-request sums of all four stages, called bare."""
+    calls: Part
+    """The same of the two that call a neighbour."""
+    features: Part
+    rules: Part
     retrieval: Part
     triton: Part
     arithmetic: Part
@@ -111,6 +119,8 @@ class BenchResult(msgspec.Struct, frozen=True, kw_only=True):
     ratio_p50: Spread
     """Gateway's p50 over that of the bare sums, round by round; the same for p99."""
     ratio_p99: Spread
+    calls_ratio_p50: Spread
+    """Gateway's p50 over that of `calls`."""
     arithmetic_ratio_p50: Spread
     """Gateway's p50 over that of `arithmetic`."""
     own: Part
@@ -133,6 +143,12 @@ class Gateway(Protocol):
 class Parts(Protocol):
     """The bare parts; each call is one unit of the work that a request needs."""
 
+    def features(self, ask: Ask) -> None:
+        """Who asks, what is known of them, and the ranker's inputs. Raises DeskError when profiles cannot be read."""
+
+    def rules(self, ask: Ask) -> None:
+        """From the ranker's order to the items of the answer."""
+
     def candidates(self, query: bytes) -> CandidatesAnswer:
         """One call of retrieval with an encoded CandidatesQuery. Raises DeskError when it does not answer."""
 
@@ -151,9 +167,12 @@ class Ask:
     """One recorded request, and what its stages are asked."""
 
     body: bytes
+    message: RecommendRequest
     query: bytes
     """CandidatesQuery, encoded."""
     history: Ints
+    candidates: Candidates
+    exclude: npt.NDArray[np.int32]
     sparse: Ints
     dense: Floats
 
@@ -163,15 +182,22 @@ class Timing:
     """One request, milliseconds."""
 
     gateway: float
+    features: float
     retrieval: float
     triton: float
+    rules: float
     tower: float
     ann: float
     served: Served
 
     @property
     def bare(self) -> float:
-        """The sum of the stage calls."""
+        """The sum of the stages."""
+        return self.features + self.retrieval + self.triton + self.rules
+
+    @property
+    def calls(self) -> float:
+        """The sum of those that call a neighbour."""
         return self.retrieval + self.triton
 
     @property
@@ -217,8 +243,11 @@ def run(options: Options, console: Console) -> BenchResult:
         recorded = _recorded(options, gateway)
         bundle = _bundle(options, gateway.recommend(recorded[0]).served.bundle)
         write_whole(options.out / "bench-requests.jsonl", b"".join(body + b"\n" for body in recorded))
-        with contextlib.closing(BareParts(bundle, options.triton, options.retrieval)) as parts:
-            asks = list(prepare(recorded, bundle, _touches(options, recorded), parts.candidates))
+        with (
+            contextlib.closing(_known(options)) as people,
+            contextlib.closing(BareParts(bundle, options.triton, options.retrieval, people)) as parts,
+        ):
+            asks = list(prepare(recorded, bundle, people, parts.candidates))
             rounds = _rounds(asks, gateway, parts, count=options.rounds, console=console)
         best_rung = gateway.sample().best_rung.get(Endpoint.RECOMMEND.value)
     result = summarise(rounds, best_rung=best_rung)
@@ -248,27 +277,23 @@ def _rounds(asks: Sequence[Ask], gateway: Gateway, parts: Parts, *, count: int, 
 
 
 def prepare(
-    recorded: Sequence[bytes],
-    bundle: Bundle,
-    touches: Mapping[str, Sequence[Touch]],
-    find: Callable[[bytes], CandidatesAnswer],
+    recorded: Sequence[bytes], bundle: Bundle, known: Known, find: Callable[[bytes], CandidatesAnswer]
 ) -> Iterable[Ask]:
-    """What the stages of each request are asked, made as the gateway makes it. `touches` is by raw user id."""
+    """What the stages of each request are asked, made as the gateway makes it."""
     tables = ItemTables.of(bundle.tables)
     encode = msgspec.msgpack.Encoder().encode
     for body in recorded:
         asked = msgspec.json.decode(body, type=RecommendRequest)
-        state = UserState.of(
-            touches.get(asked.user or "", ()), asked.history, time.time_ns() // 1_000_000, bundle.index
-        )
-        session = [bundle.index[item] for item in asked.history if item in bundle.index]
+        state = _state(asked, bundle, known)
+        session = np.array([bundle.index[item] for item in asked.history if item in bundle.index], dtype=np.int32)
+        exclude = np.concatenate([state.bought_items, session])
         query = encode(
             CandidatesQuery(
                 bundle=bundle.id,
                 kind="recommend",
                 **of_state(state),
                 count=count_for(asked.k, ranked_after=True),
-                exclude=[*state.bought_items.tolist(), *session],
+                exclude=exclude.tolist(),
             )
         )
         candidates = Candidates.read(find(query))
@@ -276,27 +301,71 @@ def prepare(
         recent = state.items[-HISTORY_LENGTH:]
         if len(recent):
             history[-len(recent) :] = recent
-        yield Ask(body, query, history, *rank_features(state, candidates, tables, bundle.features))
+        inputs = rank_features(state, candidates, tables, bundle.features)
+        yield Ask(body, asked, query, history, candidates, exclude, *inputs)
 
 
-def _touches(options: Options, recorded: Sequence[bytes]) -> dict[str, Sequence[Touch]]:
-    """What home knows of the recorded users. Raises DeskError when it cannot be read."""
-    if options.vault is None or options.profiles is None:
-        return {}
-    users = {msgspec.json.decode(body, type=RecommendRequest).user for body in recorded} - {None}
-    found: dict[str, Sequence[Touch]] = {}
+def _state(asked: RecommendRequest, bundle: Bundle, known: Known) -> UserState:
+    touches = known.touches(asked.user) if asked.user is not None else ()
+    return UserState.of(touches, asked.history, time.time_ns() // 1_000_000, bundle.index)
+
+
+class Known(Protocol):
+    """What home knows of its users. Close it."""
+
+    def touches(self, user: str) -> Sequence[Touch]:
+        """Of a person by the raw id; none of somebody unknown. Raises DeskError."""
+        ...
+
+    def close(self) -> None:
+        """Give its resources back."""
+
+
+class Nobody:
+    """Everybody is somebody unknown."""
+
+    def touches(self, user: str) -> Sequence[Touch]:  # noqa: ARG002 - the door's
+        """See `Known`."""
+        return ()
+
+    def close(self) -> None:
+        """See `Known`."""
+
+
+class HomeUsers:
+    """Vault and profiles of the home site, read as its gateway reads them."""
+
+    def __init__(self, vault: Path, profiles: str) -> None:
+        """Raises DeskError when they cannot be opened."""
+        with _readable(), contextlib.ExitStack() as held:
+            self._profiles = held.enter_context(contextlib.closing(open_profiles(profiles, os.environ)))
+            self._vault = held.enter_context(contextlib.closing(SqliteVault(vault)))
+            self._held = held.pop_all()
+
+    def touches(self, user: str) -> Sequence[Touch]:
+        """See `Known`."""
+        with _readable():
+            pseudonym = self._vault.pseudonym(user)
+            profile = None if pseudonym is None else self._profiles.get(pseudonym)
+        return () if profile is None else profile.touches
+
+    def close(self) -> None:
+        """See `Known`."""
+        self._held.close()
+
+
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
     try:
-        with contextlib.ExitStack() as held:
-            profiles = held.enter_context(contextlib.closing(open_profiles(options.profiles, os.environ)))
-            vault = held.enter_context(contextlib.closing(SqliteVault(options.vault)))
-            for user in users:
-                pseudonym = vault.pseudonym(user) if user is not None else None
-                profile = None if pseudonym is None else profiles.get(pseudonym)
-                if user is not None and profile is not None:
-                    found[user] = profile.touches
+        yield
     except (VaultError, KeyFileError, ProfileStoreError, ProfilesDownError) as fault:
         raise DeskError(f"profiles cannot be read: {fault}", "bench on the machine that serves home") from None
-    return found
+
+
+def _known(options: Options) -> Known:
+    if options.vault is None or options.profiles is None:
+        return Nobody()
+    return HomeUsers(options.vault, options.profiles)
 
 
 def measure(
@@ -329,17 +398,32 @@ def _whole(ask: Ask, gateway: Gateway, clock: Callable[[], float]) -> tuple[floa
     return (clock() - began) * 1000, answer.served
 
 
-def _pieces(ask: Ask, parts: Parts, clock: Callable[[], float]) -> tuple[float, float, float, float]:
-    t0 = clock()
-    parts.candidates(ask.query)
-    t1 = clock()
-    parts.rank(ask.sparse, ask.dense)
-    t2 = clock()
+class _Pieces(NamedTuple):
+    """Milliseconds of each part, in the order in which they are asked."""
+
+    features: float
+    retrieval: float
+    triton: float
+    rules: float
+    tower: float
+    ann: float
+
+
+def _pieces(ask: Ask, parts: Parts, clock: Callable[[], float]) -> _Pieces:
+    laps = [clock()]
+    for part in (
+        lambda: parts.features(ask),
+        lambda: parts.candidates(ask.query),
+        lambda: parts.rank(ask.sparse, ask.dense),
+        lambda: parts.rules(ask),
+    ):
+        part()
+        laps.append(clock())
     vector = parts.tower(ask.history)
-    t3 = clock()
+    laps.append(clock())
     parts.search(vector)
-    t4 = clock()
-    return (t1 - t0) * 1000, (t2 - t1) * 1000, (t3 - t2) * 1000, (t4 - t3) * 1000
+    laps.append(clock())
+    return _Pieces(*[(after - before) * 1000 for before, after in itertools.pairwise(laps)])
 
 
 def summarise(rounds: Sequence[Sequence[Timing]], *, best_rung: int | None) -> BenchResult:
@@ -367,6 +451,9 @@ def summarise(rounds: Sequence[Sequence[Timing]], *, best_rung: int | None) -> B
         candidates=statistics.median_low([t.served.ranked or 0 for t in every]),
         gateway=_part(t.gateway for t in every),
         bare=_part(t.bare for t in every),
+        calls=_part(t.calls for t in every),
+        features=_part(t.features for t in every),
+        rules=_part(t.rules for t in every),
         retrieval=_part(t.retrieval for t in every),
         arithmetic=_part(t.arithmetic for t in every),
         tower=_part(t.tower for t in every),
@@ -374,6 +461,7 @@ def summarise(rounds: Sequence[Sequence[Timing]], *, best_rung: int | None) -> B
         triton=_part(t.triton for t in every),
         ratio_p50=_spread(rounds, 0.5, lambda timing: timing.bare),
         ratio_p99=_spread(rounds, 0.99, lambda timing: timing.bare),
+        calls_ratio_p50=_spread(rounds, 0.5, lambda timing: timing.calls),
         arithmetic_ratio_p50=_spread(rounds, 0.5, lambda timing: timing.arithmetic),
         own=_part(t.own for t in every),
         stages={stage: _part(spent) for stage, spent in stages.items()},
@@ -398,7 +486,9 @@ def show(result: BenchResult, console: Console) -> None:
         "vector search, in this process": result.ann,
         "retrieval, called bare": result.retrieval,
         "Triton, called bare": result.triton,
-        "sum of the stage calls": result.bare,
+        "features, in this process": result.features,
+        "rules, in this process": result.rules,
+        "sum of the four stages": result.bare,
         "gateway": result.gateway,
         **{f"  stage {name}": part for name, part in result.stages.items()},
         "  its own time": result.own,
@@ -409,10 +499,15 @@ def show(result: BenchResult, console: Console) -> None:
     console.print(table)
     for name, ratio in (("p50", result.ratio_p50), ("p99", result.ratio_p99)):
         console.print(
-            f"gateway / stage calls at {name}: {ratio.median:.2f} (rounds {ratio.low:.2f} to {ratio.high:.2f}, "
-            f"goal {result.goal_ratio:g})",
+            f"gateway / its stages called bare at {name}: {ratio.median:.2f} "
+            f"(rounds {ratio.low:.2f} to {ratio.high:.2f}, goal {result.goal_ratio:g})",
             highlight=False,
         )
+    calls = result.calls_ratio_p50
+    console.print(
+        f"gateway / retrieval and Triton alone at p50: {calls.median:.2f} (rounds {calls.low:.2f} to {calls.high:.2f})",
+        highlight=False,
+    )
     alone = result.arithmetic_ratio_p50
     console.print(
         f"gateway / tower, search and Triton alone at p50: {alone.median:.2f} "
@@ -481,14 +576,18 @@ class HttpGateway:
 
 
 class BareParts:
-    """The site's retrieval and Triton; tower and index of a bundle in this process. Close it."""
+    """The site's retrieval and Triton; features, rules, tower and index of a bundle in this process. Close it."""
 
-    def __init__(self, bundle: Bundle, triton: str, retrieval: str) -> None:
+    def __init__(self, bundle: Bundle, triton: str, retrieval: str, known: Known) -> None:
         # both are heavy, and only a bench has use for them at the desk
         import faiss  # noqa: PLC0415
         import onnxruntime  # noqa: PLC0415
         import tritonclient.http as triton_http  # noqa: PLC0415
 
+        self._bundle, self._known = bundle, known
+        # As in the gateway: plain arrays, for numpy's memmap type pays for its bookkeeping on every operation.
+        self._tables = ItemTables.of({name: table.view(np.ndarray) for name, table in bundle.tables.items()})
+        self._in_stock = self._tables.in_stock != 0
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = 1
         self._tower: Any = onnxruntime.InferenceSession(
@@ -509,6 +608,18 @@ class BareParts:
         """Give its sockets back."""
         self._at.close()
         self._retrieval.close()
+
+    def features(self, ask: Ask) -> None:
+        """See `Parts`."""
+        state = _state(ask.message, self._bundle, self._known)
+        rank_features(state, ask.candidates, self._tables, self._bundle.features)
+
+    def rules(self, ask: Ask) -> None:
+        """See `Parts`."""
+        order = np.argsort(-ask.candidates.scores, kind="stable")
+        items = ask.candidates.items[order]
+        shown = rules.showable(self._in_stock, ask.exclude)
+        rules.choose(items, ask.message.k, shown, self._tables.category)
 
     def candidates(self, query: bytes) -> CandidatesAnswer:
         """See `Parts`."""

@@ -23,6 +23,7 @@ from rankbridge.bench import (
     BenchResult,
     Connection,
     HttpGateway,
+    Nobody,
     Options,
     Timing,
     main,
@@ -84,6 +85,12 @@ class FakeParts:
     def __init__(self, clock: Clock, retrieval: float, triton: float, tower: float, ann: float) -> None:
         self._clock, self._retrieval, self._triton, self._tower, self._ann = clock, retrieval, triton, tower, ann
 
+    def features(self, ask: Ask) -> None:
+        self._clock.spend("features", 0.75)
+
+    def rules(self, ask: Ask) -> None:
+        self._clock.spend("rules", 0.25)
+
     def candidates(self, query: bytes) -> CandidatesAnswer:
         self._clock.spend("retrieval", self._retrieval)
         return Candidates.of([], [], [], []).answer("", 0)
@@ -105,18 +112,24 @@ def served(rung: int = 1) -> Served:
 
 
 def asks(count: int) -> list[Ask]:
-    empty = np.zeros(1)
-    return [Ask(str(i).encode(), b"", empty.astype(np.int64), empty.astype(np.int64), empty) for i in range(count)]
+    nothing, none = np.zeros(1, dtype=np.int64), np.zeros(0, dtype=np.int32)
+    message, candidates, dense = RecommendRequest(), Candidates.of([], [], [], []), np.zeros(1, dtype=np.float32)
+    return [Ask(str(i).encode(), message, b"", nothing, candidates, none, nothing, dense) for i in range(count)]
 
 
-def timings(gateway: Iterable[float], bare: float = 4.0, rung: int = 1) -> list[Timing]:
-    return [Timing(ms, retrieval=1.0, triton=bare - 1.0, tower=0.5, ann=0.25, served=served(rung)) for ms in gateway]
+def timing(ms: float, retrieval: float = 1.0, triton: float = 2.0, rung: int = 1) -> Timing:
+    return Timing(ms, 0.75, retrieval, triton, 0.25, tower=0.5, ann=0.25, served=served(rung))
+
+
+def timings(gateway: Iterable[float], rung: int = 1) -> list[Timing]:
+    return [timing(ms, rung=rung) for ms in gateway]
 
 
 def test_every_part_is_timed_by_itself_and_summed_per_request():
     clock = Clock()
     found = measure(asks(3), FakeGateway(clock, 9.0), FakeParts(clock, 0.5, 5.0, 0.2, 0.1), clock=clock)
-    assert [round(t.bare, 6) for t in found] == [5.5] * 3
+    assert [round(t.bare, 6) for t in found] == [6.5] * 3
+    assert [round(t.calls, 6) for t in found] == [5.5] * 3
     assert [round(t.arithmetic, 6) for t in found] == [5.3] * 3
     assert [round(t.gateway, 6) for t in found] == [9.0] * 3
     assert [round(t.own, 6) for t in found] == [2.0] * 3, "the whole less candidates and rank"
@@ -125,7 +138,7 @@ def test_every_part_is_timed_by_itself_and_summed_per_request():
 def test_gateway_and_parts_take_turns_and_nobody_is_always_first():
     clock = Clock()
     measure(asks(2), FakeGateway(clock, 1.0), FakeParts(clock, 1.0, 1.0, 1.0, 1.0), parity=0, clock=clock)
-    parts = ["retrieval", "triton", "tower", "ann"]
+    parts = ["features", "retrieval", "triton", "rules", "tower", "ann"]
     assert clock.events == [*parts, "gateway 0", "gateway 1", *parts]
     clock.events.clear()
     measure(asks(1), FakeGateway(clock, 1.0), FakeParts(clock, 1.0, 1.0, 1.0, 1.0), parity=1, clock=clock)
@@ -136,6 +149,7 @@ def test_ratios_are_taken_round_by_round_with_their_spread():
     result = summarise([timings([6.0] * 100), timings([8.0] * 100), timings([5.0] * 100)], best_rung=1)
     assert (result.ratio_p50.low, result.ratio_p50.median, result.ratio_p50.high) == (1.25, 1.5, 2.0)
     assert result.bare.p50_ms == 4.0
+    assert (result.calls.p50_ms, result.calls_ratio_p50.median) == (3.0, 2.0)
     assert result.gateway.p99_ms == 8.0
     assert result.stages["rank"].p50_ms == 4.0
     assert (result.requests, result.rounds) == (100, 3)
@@ -144,11 +158,10 @@ def test_ratios_are_taken_round_by_round_with_their_spread():
 def test_a_quantile_of_sums_is_not_a_sum_of_quantiles():
     # whoever is slow in retrieval is quick in Triton: both have a p99 of 9, and no request ever took 18
     turns = [(9.0, 1.0), (1.0, 9.0)] * 100
-    result = summarise(
-        [[Timing(12.0, retrieval=a, triton=b, tower=0.0, ann=0.0, served=served()) for a, b in turns]], best_rung=1
-    )
+    result = summarise([[timing(12.0, retrieval=a, triton=b) for a, b in turns]], best_rung=1)
     assert result.retrieval.p99_ms == result.triton.p99_ms == 9.0
-    assert result.bare.p99_ms == 10.0
+    assert result.calls.p99_ms == 10.0
+    assert result.bare.p99_ms == 11.0
 
 
 def test_answers_without_the_ranker_are_not_compared():
@@ -165,6 +178,16 @@ def find(query: bytes) -> CandidatesAnswer:
     return Candidates.of(items, scores, scores, [0] * len(items)).answer(asked.bundle, 0)
 
 
+class Buyer(Nobody):
+    """Everybody bought this."""
+
+    def __init__(self, bought: Touch) -> None:
+        self._bought = bought
+
+    def touches(self, user: str) -> list[Touch]:
+        return [self._bought]
+
+
 def test_the_bare_parts_are_asked_what_the_gateway_would_ask_for_this_person(tmp_path: Path):
     bundle = open_bundle(build_fake_bundle(tmp_path, items=60))
     known, bought = bundle.item_ids[7], Touch(bundle.item_ids[9], EventType.PURCHASE, 1_700_000_000_000, 1, 1)
@@ -172,7 +195,7 @@ def test_the_bare_parts_are_asked_what_the_gateway_would_ask_for_this_person(tmp
         msgspec.json.encode(RecommendRequest(history=[known, "nobody knows this"])),
         msgspec.json.encode(RecommendRequest(user="u")),
     ]
-    one, other = prepare(recorded, bundle, {"u": [bought]}, find)
+    one, other = prepare(recorded, bundle, Buyer(bought), find)
     asked = [msgspec.msgpack.decode(ask.query, type=CandidatesQuery) for ask in (one, other)]
     assert [query.history for query in asked] == [[7], [9]]
     assert [query.exclude for query in asked] == [[7], [9]], "what is in the basket or was bought is left out"
@@ -259,13 +282,15 @@ def neighbours() -> Iterator[str]:
 def test_the_bare_parts_are_the_bundles_own_models_and_one_real_call_to_triton(tmp_path: Path, neighbours: str):
     bundle = open_bundle(build_fake_bundle(tmp_path, items=300))
     history = [bundle.item_ids[60]]
-    (ask,) = prepare([msgspec.json.encode(RecommendRequest(history=history))], bundle, {}, find)
-    with contextlib.closing(BareParts(bundle, neighbours, neighbours)) as parts:
+    (ask,) = prepare([msgspec.json.encode(RecommendRequest(history=history))], bundle, Nobody(), find)
+    with contextlib.closing(BareParts(bundle, neighbours, neighbours, Nobody())) as parts:
         vector = parts.tower(ask.history)
         assert vector.shape == (1, VECTOR_DIM)
         assert np.abs(vector).sum() > 0
         parts.search(vector)
         parts.rank(ask.sparse, ask.dense)
+        parts.features(ask)
+        parts.rules(ask)
         assert parts.candidates(ask.query) == find(ask.query)
     ((path, inputs),) = Neighbours.asked
     assert path == f"/v2/models/ranker-{bundle.short}/infer"
@@ -280,9 +305,9 @@ def test_a_triton_that_answers_too_few_scores_is_not_compared(
 ):
     monkeypatch.setattr(Neighbours, "scores_per_row", 0)
     bundle = open_bundle(build_fake_bundle(tmp_path, items=60))
-    (ask,) = prepare([msgspec.json.encode(RecommendRequest(user="u"))], bundle, {}, find)
+    (ask,) = prepare([msgspec.json.encode(RecommendRequest(user="u"))], bundle, Nobody(), find)
     with (
-        contextlib.closing(BareParts(bundle, neighbours, neighbours)) as parts,
+        contextlib.closing(BareParts(bundle, neighbours, neighbours, Nobody())) as parts,
         pytest.raises(DeskError, match="no score for each candidate"),
     ):
         parts.rank(ask.sparse, ask.dense)
@@ -314,6 +339,18 @@ def test_a_whole_bench_writes_its_result_and_requests_that_can_be_replayed(tmp_p
     assert len(Neighbours.asked) == 2 * (1 + 2) * 5, "each request once in warm-up and in every round"
 
 
+def test_profiles_that_cannot_be_read_are_named_before_anything_is_measured(tmp_path: Path, neighbours: str):
+    bundle = open_bundle(build_fake_bundle(tmp_path / "bundles", items=60))
+    with StubGateway(Behaviour(bundle=bundle.short)) as stub:
+        wanted = Options(
+            gateway=stub.url, triton=neighbours, retrieval=neighbours, bundles=tmp_path / "bundles", out=tmp_path
+        )
+        wanted = dataclasses.replace(wanted, vault=tmp_path / "no.sqlite", profiles=str(tmp_path / "none.sqlite"))
+        with pytest.raises(DeskError, match="profiles cannot be read"):
+            run(wanted, Console(file=io.StringIO()))
+    assert not Neighbours.queries
+
+
 def test_nobody_listening_ends_with_the_remedy_and_code_2(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -343,8 +380,10 @@ def test_the_table_shows_the_sums_the_gateway_its_own_time_and_the_ratios():
     show(result, Console(file=out, width=100))
     said = out.getvalue()
     for line in (
-        "sum of the stage calls",
-        "gateway / stage calls at p50: 1.50",
+        "features, in this process",
+        "sum of the four stages",
+        "gateway / its stages called bare at p50: 1.50",
+        "gateway / retrieval and Triton alone at p50: 2.00",
         "its own time",
         "stage rank",
         "goal 1.3",
