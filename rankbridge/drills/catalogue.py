@@ -24,7 +24,7 @@ from rankbridge.drills.evidence import (
     says,
 )
 from rankbridge.drills.fault import Fault, Load, Need, Script
-from rankbridge.drills.scene import IN_ALL, OWN_CLOCK, BadBundle, Scene, StoreFault
+from rankbridge.drills.scene import IN_ALL, NOWHERE, OWN_CLOCK, RESOLVED, BadBundle, Scene, StoreFault
 from rankbridge.faults import DeskError
 from rankbridge.link import Direction, Shape
 from rankbridge.roles import Role
@@ -48,6 +48,7 @@ _OVERLOAD: Final = ((5.0, 2.0), (5.0, 5.0), (6.0, 10.0))
 _BEFORE_S: Final = 5.0
 _UNLOADED: Final = Load(share=0.3)
 _HOUR_S: Final = 3600
+_A_NAME: Final = "s3.amazonaws.com"
 
 
 def link(*shapes: tuple[Shape, int | None]) -> Script:
@@ -107,6 +108,12 @@ def clock(site: SiteName) -> Script:
         scene.set_clock(site, 0)
 
     return script
+
+
+def _without_dns(scene: Scene, during_s: float) -> Iterator[float]:
+    """Namespaces have no way out: what needs a name fails there at any time, and here it is looked whether it is so."""
+    scene.look_up(_A_NAME)
+    yield during_s
 
 
 def own_clock(site: SiteName) -> Callable[[Scene], None]:
@@ -467,9 +474,11 @@ FAULTS: Final[tuple[Fault, ...]] = (
     Fault(
         "F21-dns",
         "DNS dead",
-        "names cannot be resolved",
-        None,
-        absent="no process resolves a name here: sites are addresses, and so is the local object store",
+        "no site has a way to a name server: sites are addresses to each other, and so is the local object store",
+        _without_dns,
+        (refuses_nobody(), late_at_most(0.01), fact(RESOLVED, NOWHERE)),
+        load=Load(share=0.3, aws_share=0.25),
+        needs=(Need.RIG,),
     ),
     Fault(
         "A1",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import socket
+import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,6 +30,8 @@ _SEEN_FROM: Final[Mapping[SiteName, str]] = {HOME.name: "127.0.110.1", AWS.name:
 """Where a site on loopback meets the relay: what it believes to be the other one."""
 ENDPOINT: Final = "AWS_ENDPOINT_URL"
 _LOOK_S: Final = 0.05
+_NAME_WITHIN_S: Final = 60.0
+"""Longer than a resolver tries."""
 
 
 class Form(Protocol):
@@ -67,6 +70,10 @@ class Form(Protocol):
 
     def use_key(self, tunnel: int, *, wrong: bool) -> None:
         """Set a tunnel up anew with another key at one end, or with the right one again."""
+
+    def resolves(self, site: SiteName, name: str) -> bool:
+        """Whether a process of a site gets the address of a name."""
+        ...
 
     def moved_after_s(self, tunnel: int, *, away: bool, within_s: float) -> float | None:
         """Seconds until home's packets leave a tunnel, or come back to it; None where they do not, or nobody knows."""
@@ -109,6 +116,10 @@ class RelayForm:
     def use_key(self, tunnel: int, *, wrong: bool) -> None:
         """See Form."""
         raise NotImplementedError("a relay's tunnels have no keys")
+
+    def resolves(self, site: SiteName, name: str) -> bool:
+        """See Form."""
+        raise NotImplementedError("both sites ask the machine's own name servers")
 
     def moved_after_s(self, tunnel: int, *, away: bool, within_s: float) -> float | None:  # noqa: ARG002 - see below
         """See Form. The relay moves when it was told to: there is nothing to measure."""
@@ -159,6 +170,13 @@ class RigForm:
         """See Form."""
         right = next(one.psk for one in self._rig.endpoints if one.tunnel.number == tunnel)
         self._rig.use_key(AWS.name, tunnel, right[0] + right[:0:-1] if wrong else right)
+
+    def resolves(self, site: SiteName, name: str) -> bool:
+        """See Form."""
+        asked = subprocess.run(
+            [*self._rig.entry(site), "getent", "ahosts", name], capture_output=True, timeout=_NAME_WITHIN_S, check=False
+        )
+        return asked.returncode == 0
 
     def moved_after_s(self, tunnel: int, *, away: bool, within_s: float) -> float | None:
         """See Form."""

@@ -40,6 +40,11 @@ OWN_CLOCK: Final = "own clock"
 IN_ALL: Final = "in all processes"
 
 
+RESOLVED: Final = "names resolved"
+"""At which sites a name has an address, a fact of the row: `NOWHERE` where there is no DNS."""
+NOWHERE: Final = "nowhere"
+
+
 class Scene(Protocol):
     """Both sites under load. What is done here is undone by `restore`, whatever a script forgot."""
 
@@ -77,6 +82,9 @@ class Scene(Protocol):
 
     def set_clock(self, site: SiteName, off_s: int) -> None:
         """So many seconds before (+) or behind (-) the others'."""
+
+    def look_up(self, name: str) -> None:
+        """Note at which sites a name has an address; nothing is done to either."""
 
     def publish_bad(self, what: BadBundle) -> None:
         """Bring a bundle with one fault into the registry and let the sites' channel point to it."""
@@ -163,6 +171,10 @@ class FakeScene:
     def set_clock(self, site: SiteName, off_s: int) -> None:
         """See Scene."""
         self.told.append(f"clock of {site} {off_s:+d} s")
+
+    def look_up(self, name: str) -> None:
+        """See Scene."""
+        self.told.append(f"look up {name}")
 
     def publish_bad(self, what: BadBundle) -> None:
         """See Scene."""

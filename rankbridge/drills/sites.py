@@ -35,7 +35,7 @@ from rankbridge.drills import bad_bundles, forms
 from rankbridge.drills.evidence import REFUSED
 from rankbridge.drills.fault import Need
 from rankbridge.drills.forms import ENDPOINT, Form
-from rankbridge.drills.scene import IN_ALL, OWN_CLOCK, BadBundle, StoreFault
+from rankbridge.drills.scene import IN_ALL, NOWHERE, OWN_CLOCK, RESOLVED, BadBundle, StoreFault
 from rankbridge.faults import DeskError
 from rankbridge.interrupts import shield
 from rankbridge.layout import Layout
@@ -303,6 +303,11 @@ class Sites:
     def set_clock(self, site: SiteName, off_s: int) -> None:
         """See Scene. Noticed within a second."""
         write_whole(self._clocks[site], f"{off_s:+d}\n".encode())
+
+    def look_up(self, name: str) -> None:
+        """See Scene."""
+        where = [site.value for site in SiteName if self.form.resolves(site, name)]
+        self.note(RESOLVED, ", ".join(where) or NOWHERE)
 
     def publish_bad(self, what: BadBundle) -> None:
         """See Scene."""
