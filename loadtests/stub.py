@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import msgspec
 
 from workloads.contract.http import (
+    PATH_HEALTH,
     PATH_READY,
     PATH_SAMPLE,
     CatalogueSample,
@@ -104,6 +105,8 @@ class StubGateway:
             self.requests[path] = self.requests.get(path, 0) + 1
         if (method, path) == ("GET", PATH_SAMPLE):
             return 200, msgspec.json.encode(self._sample())
+        if (method, path) == ("GET", PATH_HEALTH):
+            return 200, b'{"alive":true}'
         if (method, path) == ("GET", PATH_READY):
             ready = Readiness(
                 ready=True, site=self.behaviour.site, bundle=self.behaviour.bundle, backends={}, missing=[]

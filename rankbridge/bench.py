@@ -5,7 +5,9 @@ rules as plain calls in this process, retrieval with the query that the gateway 
 with the tensors of the candidates that come back, over the same kind of connection that the gateway is asked over.
 Beside them stand the two calls to neighbours by themselves, and the arithmetic alone (user tower and vector search in
 this process, no service at all). Each recorded request goes to the gateway and to the parts one right after the other,
-so that both meet the same machine; sums are taken per request and only then summarised. It starts nothing: `rankbridge
+so that both meet the same machine; sums are taken per request and only then summarised. The client is the standard
+library's and, for Triton, its own: what they take is in both, twice in the sum and once in the gateway's time, and an
+empty call shows how much that is at the most. It starts nothing: `rankbridge
 up` does.
 """
 
@@ -43,6 +45,7 @@ from workloads.bundle.store import Bundle
 from workloads.bundle.verification import BundleFault
 from workloads.contract.http import (
     PATH_CANDIDATES,
+    PATH_HEALTH,
     PATH_SAMPLE,
     CandidatesAnswer,
     CandidatesQuery,
@@ -71,6 +74,7 @@ GOAL_OWN_P50_MS: Final = 1.5
 REQUESTS: Final = 200
 ROUNDS: Final = 7
 TIMEOUT_S: Final = 10.0
+_PAUSE_S: Final = 0.002
 _NOT_OURS: Final = "is this a rankbridge gateway of this version?"
 WAITED_FOR: Final = (Stage.CANDIDATES.value, Stage.RANK.value)
 """Stages that call a backend; what is left of a request is the gateway's own time."""
@@ -116,6 +120,8 @@ class BenchResult(msgspec.Struct, frozen=True, kw_only=True):
     """Per-request sums of tower, vector search and Triton: what is left when retrieval is no service."""
     tower: Part
     ann: Part
+    empty: Part
+    """A call of the gateway that does nothing: client, network and server."""
     ratio_p50: Spread
     """Gateway's p50 over that of the bare sums, round by round; the same for p99."""
     ratio_p99: Spread
@@ -124,7 +130,8 @@ class BenchResult(msgspec.Struct, frozen=True, kw_only=True):
     arithmetic_ratio_p50: Spread
     """Gateway's p50 over that of `arithmetic`."""
     own: Part
-    """The gateway's own time: the whole request less the stages that call a backend."""
+    """The gateway's own time: the whole request less the stages that call a backend. What is done while they work, and to
+    ask them, is theirs."""
     stages: dict[str, Part]
     below_best: int
     """Answers without the ranker; they make the gateway look faster than it is."""
@@ -250,7 +257,8 @@ def run(options: Options, console: Console) -> BenchResult:
             asks = list(prepare(recorded, bundle, people, parts.candidates))
             rounds = _rounds(asks, gateway, parts, count=options.rounds, console=console)
         best_rung = gateway.sample().best_rung.get(Endpoint.RECOMMEND.value)
-    result = summarise(rounds, best_rung=best_rung)
+        empty = [_empty(gateway) for _ in range(options.requests)]
+    result = summarise(rounds, empty, best_rung=best_rung)
     write_whole(options.out / "bench.json", msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
     write_whole(options.out / "service-times.json", msgspec.json.encode(service_times(rounds, result.machine)) + b"\n")
     show(result, console)
@@ -398,6 +406,13 @@ def _whole(ask: Ask, gateway: Gateway, clock: Callable[[], float]) -> tuple[floa
     return (clock() - began) * 1000, answer.served
 
 
+def _empty(gateway: HttpGateway) -> float:
+    time.sleep(_PAUSE_S)  # as long as a request leaves the gateway alone
+    began = time.perf_counter()
+    gateway.health()
+    return (time.perf_counter() - began) * 1000
+
+
 class _Pieces(NamedTuple):
     """Milliseconds of each part, in the order in which they are asked."""
 
@@ -426,8 +441,8 @@ def _pieces(ask: Ask, parts: Parts, clock: Callable[[], float]) -> _Pieces:
     return _Pieces(*[(after - before) * 1000 for before, after in itertools.pairwise(laps)])
 
 
-def summarise(rounds: Sequence[Sequence[Timing]], *, best_rung: int | None) -> BenchResult:
-    """Quantiles over everything, ratios round by round.
+def summarise(rounds: Sequence[Sequence[Timing]], empty: Sequence[float], *, best_rung: int | None) -> BenchResult:
+    """Quantiles over everything, ratios round by round. `empty`: calls that do nothing, milliseconds.
 
     Raises DeskError when more answers than the promise allows came without the ranker: the comparison
     would flatter the gateway.
@@ -458,6 +473,7 @@ def summarise(rounds: Sequence[Sequence[Timing]], *, best_rung: int | None) -> B
         arithmetic=_part(t.arithmetic for t in every),
         tower=_part(t.tower for t in every),
         ann=_part(t.ann for t in every),
+        empty=_part(empty),
         triton=_part(t.triton for t in every),
         ratio_p50=_spread(rounds, 0.5, lambda timing: timing.bare),
         ratio_p99=_spread(rounds, 0.99, lambda timing: timing.bare),
@@ -489,6 +505,7 @@ def show(result: BenchResult, console: Console) -> None:
         "features, in this process": result.features,
         "rules, in this process": result.rules,
         "sum of the four stages": result.bare,
+        "an empty call of the gateway": result.empty,
         "gateway": result.gateway,
         **{f"  stage {name}": part for name, part in result.stages.items()},
         "  its own time": result.own,
@@ -565,6 +582,10 @@ class HttpGateway:
             raise DeskError(
                 f"an answer is not what the contract says: {fault}", "is this a rankbridge gateway?"
             ) from None
+
+    def health(self) -> None:
+        """A call that does nothing."""
+        self._at.call("GET", PATH_HEALTH, None, {})
 
     def sample(self) -> CatalogueSample:
         """What requests are drawn from."""

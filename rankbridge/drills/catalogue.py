@@ -24,7 +24,7 @@ from rankbridge.drills.evidence import (
     says,
 )
 from rankbridge.drills.fault import Fault, Load, Need, Script
-from rankbridge.drills.scene import IN_ALL, NOWHERE, OWN_CLOCK, RESOLVED, BadBundle, Scene, StoreFault
+from rankbridge.drills.scene import HOURS, IN_ALL, NOWHERE, OFF, OWN_CLOCK, RESOLVED, BadBundle, Scene, StoreFault
 from rankbridge.faults import DeskError
 from rankbridge.link import Direction, Shape
 from rankbridge.roles import Role
@@ -464,7 +464,7 @@ FAULTS: Final[tuple[Fault, ...]] = (
             f"{site.value}'s clock an hour before, then an hour behind",
             "its processes, Triton's server apart, run under libfaketime, which reads its offset from a file",
             clock(site),
-            (refuses_nobody(), late_at_most(0.01), recovers_within(3.0), fact(OWN_CLOCK, IN_ALL)),
+            (refuses_nobody(), late_at_most(0.01), recovers_within(3.0), fact(OWN_CLOCK, IN_ALL), fact(OFF, HOURS)),
             load=Load(share=0.3, aws_share=0.25),
             prepare=own_clock(site),
             needs=(Need.CLOCK,),

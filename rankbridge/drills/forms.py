@@ -18,6 +18,7 @@ from typing import Final, Protocol
 from rankbridge.drills.fault import Need
 from rankbridge.drills.object_store import StoreProxy
 from rankbridge.drills.relay import TcpLink, Way
+from rankbridge.faults import DeskError
 from rankbridge.link import Direction, Link
 from rankbridge.rig import rig as rigs
 from rankbridge.rig.rig import Rig
@@ -30,6 +31,8 @@ _SEEN_FROM: Final[Mapping[SiteName, str]] = {HOME.name: "127.0.110.1", AWS.name:
 """Where a site on loopback meets the relay: what it believes to be the other one."""
 ENDPOINT: Final = "AWS_ENDPOINT_URL"
 _LOOK_S: Final = 0.05
+_NOT_FOUND: Final = 2
+"""What getent says of a name without an address."""
 _NAME_WITHIN_S: Final = 60.0
 """Longer than a resolver tries."""
 
@@ -173,10 +176,14 @@ class RigForm:
 
     def resolves(self, site: SiteName, name: str) -> bool:
         """See Form."""
-        asked = subprocess.run(
-            [*self._rig.entry(site), "getent", "ahosts", name], capture_output=True, timeout=_NAME_WITHIN_S, check=False
-        )
-        return asked.returncode == 0
+        command = [*self._rig.entry(site), "getent", "ahosts", name]
+        try:
+            code = subprocess.run(command, capture_output=True, timeout=_NAME_WITHIN_S, check=False).returncode
+        except subprocess.TimeoutExpired:
+            return False
+        if code not in {0, _NOT_FOUND}:
+            raise DeskError(f"{name} could not be looked up at {site}: code {code}", "is getent there?")
+        return code == 0
 
     def moved_after_s(self, tunnel: int, *, away: bool, within_s: float) -> float | None:
         """See Form."""

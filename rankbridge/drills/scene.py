@@ -38,6 +38,9 @@ class BadBundle(enum.StrEnum):
 OWN_CLOCK: Final = "own clock"
 """Where processes have the clock that they were given, a fact of the row: `IN_ALL` where nothing is amiss."""
 IN_ALL: Final = "in all processes"
+OFF: Final = "clock off"
+"""How far it was from the machine's, each time that it was set, a fact of the row: `HOURS` as it should be."""
+HOURS: Final = "+1 h, -1 h, +0 h"
 
 
 RESOLVED: Final = "names resolved"

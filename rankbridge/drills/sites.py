@@ -35,7 +35,7 @@ from rankbridge.drills import bad_bundles, forms
 from rankbridge.drills.evidence import REFUSED
 from rankbridge.drills.fault import Need
 from rankbridge.drills.forms import ENDPOINT, Form
-from rankbridge.drills.scene import IN_ALL, NOWHERE, OWN_CLOCK, RESOLVED, BadBundle, StoreFault
+from rankbridge.drills.scene import IN_ALL, NOWHERE, OFF, OWN_CLOCK, RESOLVED, BadBundle, StoreFault
 from rankbridge.faults import DeskError
 from rankbridge.interrupts import shield
 from rankbridge.layout import Layout
@@ -133,10 +133,10 @@ class Sites:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with shield():
+        with shield(), contextlib.ExitStack() as last:
+            last.callback(self._stack.close)
+            last.callback(self._serving.down)
             self._undo()
-            self._serving.down()
-            self._stack.close()
 
     def _open(self) -> None:
         serving = self._serving
@@ -193,14 +193,7 @@ class Sites:
         offset = self._clocks.get(process.site)
         if offset is None or process.role is Role.TRITON:
             return placed
-        environment = {
-            **placed.environment,
-            "LD_PRELOAD": str(_faketime()),
-            "FAKETIME_TIMESTAMP_FILE": str(offset),
-            "FAKETIME_CACHE_DURATION": "1",
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-        }
-        return dataclasses.replace(placed, environment=environment)
+        return dataclasses.replace(placed, environment={**placed.environment, **_clock(offset)})
 
     @property
     def form(self) -> Form:
@@ -293,16 +286,20 @@ class Sites:
     def give_clock(self, site: SiteName) -> None:
         """See Scene."""
         self._clocks[site] = self._scratch / f"{site.value}-clock"
-        self.set_clock(site, 0)
+        write_whole(self._clocks[site], b"+0\n")
         self._start_anew(site)
         self.bring_back()
         own = [one for role in Role if role is not Role.TRITON for one in self._members(role, site)]
-        wound = [one for one in own if _FAKETIME in Path(f"/proc/{one.pid}/maps").read_text()]
-        self.note(OWN_CLOCK, IN_ALL if wound == own else f"in {len(wound)} of {len(own)} processes")
+        wound = [one for one in own if _maps(one, _FAKETIME)]
+        self.note(OWN_CLOCK, IN_ALL if own and wound == own else f"in {len(wound)} of {len(own)} processes")
 
     def set_clock(self, site: SiteName, off_s: int) -> None:
-        """See Scene. Noticed within a second."""
+        """See Scene. Its processes look at the file every second or two; here a process of its own does."""
         write_whole(self._clocks[site], f"{off_s:+d}\n".encode())
+        environment = {**os.environ, **_clock(self._clocks[site])}
+        said = subprocess.run(["date", "+%s"], env=environment, capture_output=True, timeout=10, check=False).stdout
+        off_h = round((int(said or 0) - time.time()) / 3600)
+        self.note(OFF, ", ".join(filter(None, [self.notes.get(OFF), f"{off_h:+d} h"])))
 
     def look_up(self, name: str) -> None:
         """See Scene."""
@@ -482,8 +479,9 @@ class Sites:
         if self._full:
             self.fill_disk(full=False)
         for site in list(self._clocks):
-            del self._clocks[site]
             self._start_anew(site)
+            del self._clocks[site]
+            _sweep_clocks()
 
     def _start_anew(self, site: SiteName) -> None:
         """End what a clock is for; whoever brings back what is missing starts it with the clock that it then has."""
@@ -564,6 +562,31 @@ def rename_profiles(path: Path, *, hidden: bool) -> None:
     with contextlib.closing(sqlite3.connect(path, timeout=10.0, isolation_level=None)) as store:
         if store.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?", (now,)).fetchone():
             store.execute(f"ALTER TABLE {now} RENAME TO {then}")
+
+
+def _clock(offset: Path) -> dict[str, str]:
+    """The environment of a process whose clock is off by what a file says; clocks that only go on stay as they are."""
+    return {
+        "LD_PRELOAD": str(_faketime()),
+        "FAKETIME_TIMESTAMP_FILE": str(offset),
+        "FAKETIME_CACHE_DURATION": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }
+
+
+def _maps(one: Identity, library: str) -> bool:
+    try:
+        return library in Path(f"/proc/{one.pid}/maps").read_text()
+    except OSError:  # it has ended
+        return False
+
+
+def _sweep_clocks() -> None:
+    """Shared memory and semaphores that libfaketime leaves behind with each process that ends."""
+    for left in Path("/dev/shm").glob("*faketime_s*_*"):  # noqa: S108 - where the library puts them
+        pid = left.name.rpartition("_")[2]
+        if pid.isdigit() and not Path("/proc", pid).exists():
+            left.unlink(missing_ok=True)
 
 
 def _faketime() -> Path | None:

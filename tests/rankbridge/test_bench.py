@@ -146,7 +146,7 @@ def test_gateway_and_parts_take_turns_and_nobody_is_always_first():
 
 
 def test_ratios_are_taken_round_by_round_with_their_spread():
-    result = summarise([timings([6.0] * 100), timings([8.0] * 100), timings([5.0] * 100)], best_rung=1)
+    result = summarise([timings([6.0] * 100), timings([8.0] * 100), timings([5.0] * 100)], [0.5], best_rung=1)
     assert (result.ratio_p50.low, result.ratio_p50.median, result.ratio_p50.high) == (1.25, 1.5, 2.0)
     assert result.bare.p50_ms == 4.0
     assert (result.calls.p50_ms, result.calls_ratio_p50.median) == (3.0, 2.0)
@@ -158,7 +158,7 @@ def test_ratios_are_taken_round_by_round_with_their_spread():
 def test_a_quantile_of_sums_is_not_a_sum_of_quantiles():
     # whoever is slow in retrieval is quick in Triton: both have a p99 of 9, and no request ever took 18
     turns = [(9.0, 1.0), (1.0, 9.0)] * 100
-    result = summarise([[timing(12.0, retrieval=a, triton=b) for a, b in turns]], best_rung=1)
+    result = summarise([[timing(12.0, retrieval=a, triton=b) for a, b in turns]], [0.5], best_rung=1)
     assert result.retrieval.p99_ms == result.triton.p99_ms == 9.0
     assert result.calls.p99_ms == 10.0
     assert result.bare.p99_ms == 11.0
@@ -166,8 +166,8 @@ def test_a_quantile_of_sums_is_not_a_sum_of_quantiles():
 
 def test_answers_without_the_ranker_are_not_compared():
     with pytest.raises(DeskError, match=r"2 of 100 answers came from below rung 1: ranker_late \(2\)"):
-        summarise([timings([1.0] * 98), timings([1.0] * 2, rung=3)], best_rung=1)
-    assert summarise([timings([1.0] * 199), timings([1.0], rung=3)], best_rung=1).below_best == 1
+        summarise([timings([1.0] * 98), timings([1.0] * 2, rung=3)], [0.5], best_rung=1)
+    assert summarise([timings([1.0] * 199), timings([1.0], rung=3)], [0.5], best_rung=1).below_best == 1
 
 
 def find(query: bytes) -> CandidatesAnswer:
@@ -375,7 +375,7 @@ def test_a_file_of_requests_that_holds_none_is_refused(tmp_path: Path, content: 
 
 
 def test_the_table_shows_the_sums_the_gateway_its_own_time_and_the_ratios():
-    result = summarise([timings([6.0] * 100)], best_rung=1)
+    result = summarise([timings([6.0] * 100)], [0.5], best_rung=1)
     out = io.StringIO()
     show(result, Console(file=out, width=100))
     said = out.getvalue()

@@ -312,7 +312,7 @@ class Taste(NamedTuple):
     """The neighbours of all touches, [n * NEIGHBOURS]."""
     gains: npt.NDArray[np.float64]
     """What each of them gains by it."""
-    place: npt.NDArray[np.intp]
+    place: npt.NDArray[np.int16]
     """For each item [N+1] its place among the touches, from 1; 0 for one that was not touched."""
 
     @classmethod
@@ -321,7 +321,7 @@ class Taste(NamedTuple):
         items, length = state.items, len(state.items)
         weight = touch_weights(state.strength, state.age_hours)
         total = float(weight.sum()) or 1.0
-        place = np.zeros(len(tables.category), dtype=np.intp)  # as in `fusion.item_to_item_of`
+        place = np.zeros(len(tables.category), dtype=np.int16)  # as in `fusion.item_to_item_of`
         place[items] = np.arange(1, length + 1)
         return cls(
             weight=weight,

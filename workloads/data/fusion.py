@@ -219,7 +219,7 @@ def item_to_item_of(items: Ids, near: npt.NDArray[np.integer[Any]], gains: npt.N
 
     `near` are the neighbours of the whole history in a row and `gains` what each adds; all items are below `of`.
     """
-    slot = np.zeros(of, dtype=np.intp)  # pages of it that nobody touches are never made
+    slot = np.zeros(of, dtype=np.int16)  # pages of it that nobody touches are never made, while it is small enough
     slot[items] = np.arange(1, len(items) + 1)
     return np.bincount(slot.take(near), weights=gains, minlength=len(items) + 1)[1:].astype(np.float32)
 

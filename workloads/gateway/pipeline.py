@@ -266,11 +266,12 @@ class Pipeline:
             return self._plain(question, timer, lowered)
         # While retrieval works: what is called soon runs once this request waits for it.
         taste = functools.cache(functools.partial(Taste.of, question.state, self.tables, self.bundle.features.items))
-        if ranks(aim):
-            asyncio.get_running_loop().call_soon(taste)
+        soon = asyncio.get_running_loop().call_soon(taste) if ranks(aim) else None
         try:
             candidates = await self._candidates(question, timer, ranked_after=ranks(aim))
         except DoorFault as fault:
+            if soon is not None:
+                soon.cancel()
             return self._plain(question, timer, fault.reason)
         finally:
             timer.lap(Stage.CANDIDATES)

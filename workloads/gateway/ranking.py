@@ -235,7 +235,10 @@ class Ranking:
                 return
             left_out.append(other.route)
             self._watch.hedge(other.route.site)
-            second.start(self._timed(self._router.began(other, now), sparse, dense), other.route)
+            beside = self._router.began(other, now)
+            second.start(self._timed(beside, sparse, dense), other.route)
+            # A task that is called off before its first step never comes to give its ticket back.
+            second.then(lambda: self._router.ended(beside, Outcome.CANCELLED, self._clock.now_s()))
 
         timer = asyncio.get_running_loop().call_later(choice.hedge_after_ms / 1000.0, hedge)
         try:
@@ -311,6 +314,11 @@ class _Second:
         self._route = route
         self.call = asyncio.get_running_loop().create_task(call)
         self.call.add_done_callback(self._done)
+
+    def then(self, do: Callable[[], None]) -> None:
+        """When the call is over, however it ended; there must be one."""
+        if self.call is not None:
+            self.call.add_done_callback(lambda _: do())
 
     async def answer(self) -> tuple[npt.NDArray[np.float32], Route]:
         """What it brings. Raises DoorFault; there must be a call."""

@@ -114,9 +114,9 @@ class _Joined:
 
     def flush(self) -> None:
         """Nothing comes next: an answer to HEAD has no body."""
-        if self._head:
+        if self._head and not self._transport.is_closing():
             self._transport.write(self._head)
-            self._head = b""
+        self._head = b""
 
     def close(self) -> None:
         """See `asyncio.Transport`."""

@@ -262,6 +262,17 @@ async def test_a_client_that_goes_away_calls_both_off(hedging: tuple[Site, Held]
     assert site.nothing_in_flight()
 
 
+async def test_a_hedge_that_is_called_off_before_its_first_step_gives_its_place_back(
+    hedging: tuple[Site, Held], monkeypatch: pytest.MonkeyPatch
+):
+    site, held = hedging
+    monkeypatch.setattr(site.watch, "hedge", lambda _: held.go_on.set())  # the first answers in the same turn
+    assert await asyncio.wait_for(site.rank(left_ms=400.0), 5) == (OWN, None)
+    await asyncio.sleep(0)
+    assert site.fakes[PEER].calls == 0
+    assert site.nothing_in_flight()
+
+
 async def test_without_a_token_a_slow_call_is_waited_for(hedging: tuple[Site, Held]):
     site, held = hedging
     while site.router.hedges.take():
