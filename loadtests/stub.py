@@ -99,19 +99,24 @@ class StubGateway:
         self._thread.join()
         self._server.server_close()
 
-    def answer(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
-        """Status and body for one request; waits where the behaviour says so."""
-        with self._lock:
-            self.requests[path] = self.requests.get(path, 0) + 1
-        if (method, path) == ("GET", PATH_SAMPLE):
+    def _get(self, path: str) -> tuple[int, bytes]:
+        if path == PATH_SAMPLE:
             return 200, msgspec.json.encode(self._sample())
-        if (method, path) == ("GET", PATH_HEALTH):
+        if path == PATH_HEALTH:
             return 200, b'{"alive":true}'
-        if (method, path) == ("GET", PATH_READY):
+        if path == PATH_READY:
             ready = Readiness(
                 ready=True, site=self.behaviour.site, bundle=self.behaviour.bundle, backends={}, missing=[]
             )
             return 200, msgspec.json.encode(ready)
+        return _problem(404, "Unknown path")
+
+    def answer(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
+        """Status and body for one request; waits where the behaviour says so."""
+        with self._lock:
+            self.requests[path] = self.requests.get(path, 0) + 1
+        if method == "GET":
+            return self._get(path)
         if method != "POST":
             return _problem(404, "Unknown path")
         self._wait()
