@@ -130,8 +130,8 @@ class BenchResult(msgspec.Struct, frozen=True, kw_only=True):
     arithmetic_ratio_p50: Spread
     """Gateway's p50 over that of `arithmetic`."""
     own: Part
-    """The gateway's own time: the whole request less the stages that call a backend; to ask them, and what is done while
-    they work, is theirs."""
+    """The gateway's own time: the whole request less the stages that call a backend; to ask them, and what is done
+    while they work, is theirs."""
     stages: dict[str, Part]
     below_best: int
     """Answers without the ranker; they make the gateway look faster than it is."""
