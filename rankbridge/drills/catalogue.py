@@ -331,18 +331,26 @@ FAULTS: Final[tuple[Fault, ...]] = (
         (refuses_nobody(), on_time_within(3.0), hedges_at_most(), recovers_within(5.0)),
         load=Load(share=0.5, at_least=100.0),
     ),
-    Fault(
-        "F11",
-        "overload: 2, 5 and 10 times the peak",
-        "open loop, from a generator on the same machine: it and the servers share the cores",
-        _nothing,
-        (
-            goodput_at_least(0.75, _BEFORE_S + 11.0, _BEFORE_S + 16.0),
-            recovers_within(10.0),
-        ),
-        load=Load(share=0.5, peaks=_OVERLOAD),
-        before_s=_BEFORE_S,
-        after_s=15.0,
+    *(
+        Fault(
+            f"F11-{name}",
+            f"overload: 2, 5 and 10 times {title}",
+            "open loop, from a generator on the same machine: it and the servers share the cores",
+            _nothing,
+            (
+                goodput_at_least(share, _BEFORE_S + 11.0, _BEFORE_S + 16.0),
+                recovers_within(10.0),
+            ),
+            load=Load(share=0.5, overload=_OVERLOAD, of_peak=name == "peak"),
+            before_s=_BEFORE_S,
+            after_s=15.0,
+        )
+        for name, title, share in (
+            ("capacity", "what home answers in time", 0.75),
+            # Answers from the tables make the peak, which is several times the capacity: ten times as much is more than
+            # one loop can refuse beside a generator on the same cores. It may not collapse, though.
+            ("peak", "the most that home ever answered in time", 0.1),
+        )
     ),
     *(
         Fault(

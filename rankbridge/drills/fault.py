@@ -32,8 +32,10 @@ class Load:
     share: float = 0.5
     at_least: float = 0.0
     """Requests a second, whatever the machine can do."""
-    peaks: Sequence[tuple[float, float]] = ()
-    """(seconds, times the measured peak), one after another while the fault lasts: the load is the fault then."""
+    overload: Sequence[tuple[float, float]] = ()
+    """(seconds, times home's capacity), one after another while the fault lasts: the load is the fault then."""
+    of_peak: bool = False
+    """Times the measured peak instead: the most that was ever answered in time, from whatever rung."""
     aws_share: float = 0.0
     """Of the requests, those that enter at aws: reads alone, since events of aws need home."""
 
@@ -76,8 +78,8 @@ class Fault:
 
     def lasting(self, capacity_per_s: float) -> Fault:
         """As long as its number of requests takes at this capacity."""
-        if self.load.peaks:
-            return dataclasses.replace(self, during_s=sum(seconds for seconds, _ in self.load.peaks))
+        if self.load.overload:
+            return dataclasses.replace(self, during_s=sum(seconds for seconds, _ in self.load.overload))
         wanted = math.ceil(self.requests / self.load.rate(capacity_per_s)) if self.requests else 0.0
         whole = self.before_s + self.during_s + self.after_s
         return dataclasses.replace(self, during_s=self.during_s + max(0.0, wanted - whole))
@@ -88,8 +90,9 @@ class Fault:
         aims = [Aim(url=home, share=1.0 - self.load.aws_share, mix=dict(MIX))]
         if self.load.aws_share:
             aims.append(Aim(url=aws, share=self.load.aws_share, mix=dict(READS)))
-        if self.load.peaks:
-            middle = [Leg(seconds=seconds, rate=times * peak_per_s) for seconds, times in self.load.peaks]
+        if self.load.overload:
+            once = peak_per_s if self.load.of_peak else capacity_per_s
+            middle = [Leg(seconds=seconds, rate=times * once) for seconds, times in self.load.overload]
             legs = [Leg(seconds=self.before_s, rate=rate), *middle, Leg(seconds=self.after_s, rate=rate)]
         else:
             whole = self.before_s + self.during_s + self.steps_s + self.after_s
