@@ -24,9 +24,9 @@ from workloads.contract.sites import PORTS, Listener
 
 HOME: Final = "/var/lib/rankbridge/home"
 TRAINING: Final = f"{HOME}/aws/training"
+"""Where the desk looks for what training and export make."""
 ENGINES: Final = "/var/lib/rankbridge/engines"
 """Of the job that builds TensorRT plans: fetched bundles, and what is made of them."""
-"""Where the desk looks for what training and export make."""
 KEY: Final = "/var/run/rankbridge/publisher"
 NEVER: Final = "0 0 1 1 *"
 """A schedule for what is suspended anyway."""

@@ -7,8 +7,7 @@ Beside them stand the two calls to neighbours by themselves, and the arithmetic 
 this process, no service at all). Each recorded request goes to the gateway and to the parts one right after the other,
 so that both meet the same machine; sums are taken per request and only then summarised. The client is the standard
 library's and, for Triton, its own: what they take is in both, twice in the sum and once in the gateway's time, and an
-empty call shows how much that is at the most. It starts nothing: `rankbridge
-up` does.
+empty call shows how much that is at the most. It starts nothing: `rankbridge up` does.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import argparse
 import contextlib
 import dataclasses
 import http.client
-import itertools
 import os
 import random
 import statistics
@@ -26,7 +24,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -79,6 +77,7 @@ _NOT_OURS: Final = "is this a rankbridge gateway of this version?"
 WAITED_FOR: Final = (Stage.CANDIDATES.value, Stage.RANK.value)
 """Stages that call a backend; what is left of a request is the gateway's own time."""
 
+_T = TypeVar("_T")
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
@@ -396,7 +395,7 @@ def measure(
         else:
             pieces = _pieces(ask, parts, clock)
             whole, served = _whole(ask, gateway, clock)
-        timings.append(Timing(whole, *pieces, served))
+        timings.append(Timing(gateway=whole, served=served, **pieces))
     return timings
 
 
@@ -413,32 +412,23 @@ def _empty(gateway: HttpGateway) -> float:
     return (time.perf_counter() - began) * 1000
 
 
-class _Pieces(NamedTuple):
-    """Milliseconds of each part, in the order in which they are asked."""
+def _pieces(ask: Ask, parts: Parts, clock: Callable[[], float]) -> dict[str, float]:
+    """Milliseconds of each part, by its name in `Timing`."""
+    took: dict[str, float] = {}
 
-    features: float
-    retrieval: float
-    triton: float
-    rules: float
-    tower: float
-    ann: float
+    def timed(name: str, part: Callable[[], _T]) -> _T:
+        began = clock()
+        found = part()
+        took[name] = (clock() - began) * 1000
+        return found
 
-
-def _pieces(ask: Ask, parts: Parts, clock: Callable[[], float]) -> _Pieces:
-    laps = [clock()]
-    for part in (
-        lambda: parts.features(ask),
-        lambda: parts.candidates(ask.query),
-        lambda: parts.rank(ask.sparse, ask.dense),
-        lambda: parts.rules(ask),
-    ):
-        part()
-        laps.append(clock())
-    vector = parts.tower(ask.history)
-    laps.append(clock())
-    parts.search(vector)
-    laps.append(clock())
-    return _Pieces(*[(after - before) * 1000 for before, after in itertools.pairwise(laps)])
+    timed("features", lambda: parts.features(ask))
+    timed("retrieval", lambda: parts.candidates(ask.query))
+    timed("triton", lambda: parts.rank(ask.sparse, ask.dense))
+    timed("rules", lambda: parts.rules(ask))
+    vector = timed("tower", lambda: parts.tower(ask.history))
+    timed("ann", lambda: parts.search(vector))
+    return took
 
 
 def summarise(rounds: Sequence[Sequence[Timing]], empty: Sequence[float], *, best_rung: int | None) -> BenchResult:

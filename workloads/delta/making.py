@@ -12,9 +12,9 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 
 from workloads.bundle.delta import DeltaFault, write_delta
+from workloads.bundle.session import open_session
 from workloads.bundle.store import Bundle, BundleFault, open_bundle, verify
 from workloads.contract.tensors import ITEM_TOWER
 from workloads.data.events import RowFaults
@@ -42,14 +42,8 @@ class OnnxItemTower:
     """The bundle's `item_tower.onnx`. Raises MakeFault when it cannot be loaded."""
 
     def __init__(self, path: Path) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
         try:
-            self._session = onnxruntime.InferenceSession(
-                str(path), sess_options=options, providers=["CPUExecutionProvider"]
-            )
+            self._session = open_session(path)
         except Exception as error:  # its exceptions have no base class of their own
             raise MakeFault(f"{path} cannot be loaded: {error}", "export the bundle again") from error
 

@@ -236,9 +236,12 @@ class Ranking:
             left_out.append(other.route)
             self._watch.hedge(other.route.site)
             beside = self._router.began(other, now)
-            second.start(self._timed(beside, sparse, dense), other.route)
             # A task that is called off before its first step never comes to give its ticket back.
-            second.then(lambda: self._router.ended(beside, Outcome.CANCELLED, self._clock.now_s()))
+            second.start(
+                self._timed(beside, sparse, dense),
+                other.route,
+                lambda: self._router.ended(beside, Outcome.CANCELLED, self._clock.now_s()),
+            )
 
         timer = asyncio.get_running_loop().call_later(choice.hedge_after_ms / 1000.0, hedge)
         try:
@@ -309,16 +312,14 @@ class _Second:
         self._route: Route | None = None
         self._over = False
 
-    def start(self, call: Coroutine[Any, Any, npt.NDArray[np.float32]], route: Route) -> None:
-        """Make the call."""
+    def start(
+        self, call: Coroutine[Any, Any, npt.NDArray[np.float32]], route: Route, ended: Callable[[], None]
+    ) -> None:
+        """Make the call; `ended` is told when it is over, however it was."""
         self._route = route
         self.call = asyncio.get_running_loop().create_task(call)
         self.call.add_done_callback(self._done)
-
-    def then(self, do: Callable[[], None]) -> None:
-        """When the call is over, however it ended; there must be one."""
-        if self.call is not None:
-            self.call.add_done_callback(lambda _: do())
+        self.call.add_done_callback(lambda _: ended())
 
     async def answer(self) -> tuple[npt.NDArray[np.float32], Route]:
         """What it brings. Raises DoorFault; there must be a call."""
